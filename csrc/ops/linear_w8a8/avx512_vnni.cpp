@@ -1,0 +1,78 @@
+// linear_w8a8 on AVX512-VNNI: 12x32 tiles (24 accumulators, 2 weight vectors, 1 broadcast: 27 of 32 registers), and for
+// few rows up to four panels side by side, because vpdpbusd has a latency of 4-5 cycles at one or two per cycle and
+// 1x32 would have two chains only.
+//
+// Per k-quad a 12x32 tile multiplies 24 times and loads 2 + 12 times; loads run beside the multiplier. B streams at
+// 128 bytes per 24 products, which L2 delivers on every server core since Skylake.
+#include "simd/avx512.h"
+
+#include "core/packed_weight.h"
+#include "ops/linear_w8a8/op.h"
+#include "simd/epilogue.h"
+#include "simd/vnni512.h"
+
+namespace halfbyte::avx512_vnni {
+namespace {
+
+constexpr int mr = 12, accumulators = 12;
+
+template <int rows, int panels>
+void tile_of(const TileArgs& t) {
+  constexpr int vectors = 2 * panels;
+  const int8_t* a = static_cast<const int8_t*>(t.a);
+  const int64_t lda = t.lda;
+  const uint8_t* b = t.b;
+  I acc[rows][vectors];
+#pragma GCC unroll 24
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) acc[r][v] = _mm512_setzero_si512();
+
+  for (int64_t q = 0; q < t.quads; ++q, a += quad, b += panel_width * quad) {
+    I w[vectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) w[v] = _mm512_loadu_si512(b + (v / 2) * t.panel_bytes + (v % 2) * 64);
+#pragma GCC unroll 24
+    for (int r = 0; r < rows; ++r) {
+      const I x = broadcast_quad(a + r * lda);
+#pragma GCC unroll 8
+      for (int v = 0; v < vectors; ++v) dot4(acc[r][v], w[v], x);
+    }
+  }
+#pragma GCC unroll 24
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) store_i(t.acc + (r * vectors + v) * width, acc[r][v]);
+}
+
+using TileFunction = void (*)(const TileArgs&);
+constexpr TileFunction none = nullptr;
+// [rows - 1][panels - 1]
+constexpr TileFunction tiles[mr][max_panels] = {
+    {tile_of<1, 1>, tile_of<1, 2>, tile_of<1, 3>, tile_of<1, 4>},
+    {tile_of<2, 1>, tile_of<2, 2>, tile_of<2, 3>, tile_of<2, 4>},
+    {tile_of<3, 1>, tile_of<3, 2>, tile_of<3, 3>, tile_of<3, 4>},
+    {tile_of<4, 1>, tile_of<4, 2>, tile_of<4, 3>, none},
+    {tile_of<5, 1>, tile_of<5, 2>, none, none},
+    {tile_of<6, 1>, tile_of<6, 2>, none, none},
+    {tile_of<7, 1>, none, none, none},
+    {tile_of<8, 1>, none, none, none},
+    {tile_of<9, 1>, none, none, none},
+    {tile_of<10, 1>, none, none, none},
+    {tile_of<11, 1>, none, none, none},
+    {tile_of<12, 1>, none, none, none},
+};
+
+void tile(const TileArgs& t) { tiles[t.rows - 1][t.panels - 1](t); }
+
+}  // namespace
+}  // namespace halfbyte::avx512_vnni
+
+namespace halfbyte::linear_w8a8 {
+
+constinit const GemmKernel kernel_avx512_vnni = {
+    {"linear_w8a8", "linear_w8a8_12x32x4_avx512_vnni", "avx512_vnni", isa_avx512_vnni},
+    avx512_vnni::mr, false, avx512_vnni::accumulators, 1 << 19, avx512_vnni::tile, avx512_vnni::epilogue,
+};
+
+}  // namespace halfbyte::linear_w8a8

@@ -1,0 +1,62 @@
+"""The C++ extension. Tensors cross as address, shape and row stride (in elements); the caller keeps them alive.
+
+dtype codes: 0 float32, 1 bfloat16, 2 float16, 3 int32. activation codes: 0 none, 1 relu, 2 gelu, 3 gelu_tanh, 4 silu.
+Bad arguments raise ValueError, an instruction set that this machine lacks RuntimeError.
+"""
+
+class PackedWeight:
+    @property
+    def op(self) -> str: ...
+    @property
+    def n(self) -> int: ...
+    @property
+    def k(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+
+def cpu_features() -> dict[str, bool]: ...
+def kernels() -> list[dict[str, str | bool]]: ...
+def select(op: str, isas: list[str] | None = None) -> str: ...
+def force_isa(isa: str | None) -> str | None: ...
+def build_info() -> dict[str, str | bool | list[str]]: ...
+def thread_runtime() -> dict[str, str | int]: ...
+def get_num_threads() -> int: ...
+def set_num_threads(threads: int) -> None: ...
+def measure_peak(isa: str, threads: int, seconds: float) -> float: ...
+def measure_read(nbytes: int, threads: int, seconds: float) -> float: ...
+def quantize_rows(
+    m: int,
+    k: int,
+    x: int,
+    ldx: int,
+    x_dtype: int,
+    codes: int,
+    ldc: int,
+    scale: int,
+    zero: int,
+    sum: int,
+    symmetric: bool,
+    static_scale: float,
+    static_zero: int,
+    threads: int,
+) -> None: ...
+def pack_linear_w8a8(codes: int, n: int, k: int, ld: int, scale: int, threads: int = 0) -> PackedWeight: ...
+def unpack_linear_w8a8(packed: PackedWeight, codes: int, ld: int) -> None: ...
+def linear_w8a8(
+    packed: PackedWeight,
+    m: int,
+    a: int,
+    lda: int,
+    a_dtype: int,
+    c: int,
+    ldc: int,
+    c_dtype: int,
+    bias: int,
+    activation: int,
+    residual: int,
+    ldr: int,
+    residual_dtype: int,
+    static_scale: float,
+    static_zero: int,
+    threads: int,
+) -> None: ...
