@@ -16,7 +16,7 @@ namespace halfbyte {
 namespace {
 
 constexpr int64_t chunk_bytes = int64_t{4} << 20;
-constexpr int64_t block_bytes = int64_t{384} << 10;
+constexpr int64_t block_bytes = int64_t{512} << 10;
 
 // The quantized chunk; one per calling thread, kept for the next call.
 struct Workspace {

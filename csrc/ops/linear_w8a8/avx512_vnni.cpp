@@ -14,30 +14,57 @@
 namespace halfbyte::avx512_vnni {
 namespace {
 
-constexpr int mr = 12, accumulators = 12;
+constexpr int mr = 12, accumulators = 12, unroll = 4;
+
+// The first strip of a block takes its panel from L3 while the hardware prefetchers are busy with up to 12 rows of A:
+// without help the 12x32 tile ran at 80 % of the peak (K = 4096), with 8 KiB or more ahead at 89 %.
+constexpr int prefetch_bytes = 16 * 1024;
 
 template <int rows, int panels>
 void tile_of(const TileArgs& t) {
   constexpr int vectors = 2 * panels;
-  const int8_t* a = static_cast<const int8_t*>(t.a);
+  // Rows three by three: base, base + lda and base + 2 lda are addressing modes, so 12 rows take four pointers and no
+  // spill. The empty asm keeps gcc from deriving the pointers from one another again.
+  constexpr int bases = (rows + 2) / 3;
   const int64_t lda = t.lda;
+  const int8_t* a[bases];
+#pragma GCC unroll 4
+  for (int i = 0; i < bases; ++i) {
+    a[i] = static_cast<const int8_t*>(t.a) + 3 * i * lda;
+    asm("" : "+r"(a[i]));
+  }
   const uint8_t* b = t.b;
+  const int64_t panel_bytes = t.panel_bytes;
   I acc[rows][vectors];
 #pragma GCC unroll 24
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) acc[r][v] = _mm512_setzero_si512();
 
-  for (int64_t q = 0; q < t.quads; ++q, a += quad, b += panel_width * quad) {
-    I w[vectors];
+  for (int64_t q = 0; q < t.quads; q += unroll) {
+#pragma GCC unroll 4
+    for (int u = 0; u < unroll; ++u) {
+      I w[vectors];
 #pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) w[v] = _mm512_loadu_si512(b + (v / 2) * t.panel_bytes + (v % 2) * 64);
+      for (int v = 0; v < vectors; ++v) {
+        w[v] = _mm512_loadu_si512(b + (v / 2) * panel_bytes + (v % 2) * 64 + u * panel_width * quad);
+      }
 #pragma GCC unroll 24
-    for (int r = 0; r < rows; ++r) {
-      const I x = broadcast_quad(a + r * lda);
+      for (int r = 0; r < rows; ++r) {
+        const I x = broadcast_quad(a[r / 3] + (r % 3) * lda + u * quad);
 #pragma GCC unroll 8
-      for (int v = 0; v < vectors; ++v) dot4(acc[r][v], w[v], x);
+        for (int v = 0; v < vectors; ++v) dot4(acc[r][v], w[v], x);
+      }
     }
+    if constexpr (panels == 1) {
+#pragma GCC unroll 8
+      for (int line = 0; line < unroll * vectors; ++line) {
+        _mm_prefetch(reinterpret_cast<const char*>(b) + prefetch_bytes + 64 * line, _MM_HINT_T1);
+      }
+    }
+    b += unroll * panel_width * quad;
+#pragma GCC unroll 4
+    for (int i = 0; i < bases; ++i) a[i] += unroll * quad;
   }
 #pragma GCC unroll 24
   for (int r = 0; r < rows; ++r)
