@@ -48,6 +48,6 @@ struct GemmKernel {
 };
 
 constexpr int max_panels = 4;
-constexpr int max_mr = 32;
+constexpr int max_mr = 48;
 
 }  // namespace halfbyte

@@ -1,9 +1,12 @@
-// linear_w8a8 on AVX2, exactly: vpmaddubsw would saturate (255 * 127 * 2 > 32767), so weights are widened to 16 bits on
-// the way into the registers and multiplied by vpmaddwd. Activations arrive as int16 codes. vpmaddubsw + vpmaddwd
-// multiply 32 pairs with two multiplier slots, two vpmaddwd do as well: on two 256-bit multipliers exactness is free.
+// linear_w8a8 on AVX2, exactly: vpmaddubsw would saturate (255 * 127 * 2 > 32767), so weights are widened to 16 bits and
+// multiplied by vpmaddwd. Activations arrive as int16 codes. vpmaddubsw + vpmaddwd multiply 32 pairs with two multiplier
+// slots, two vpmaddwd do as well; exactness costs one more addition.
 //
 // A vector of 16 weights is 4 channels x 4 k, so an accumulator holds two partial sums per channel, added at the end.
 // 6 rows x 2 vectors (8 channels): 12 accumulators + 2 weights + 1 broadcast + 1 product = 16 registers.
+//
+// The additions compete with everything else for the four vector pipes, so the widening (one shuffle per vector) is done
+// once per 512 k for up to 48 rows, into L1; up to 12 rows widen on the fly.
 #include "simd/avx2.h"
 
 #include "core/packed_weight.h"
@@ -13,7 +16,12 @@
 namespace halfbyte::avx2 {
 namespace {
 
-constexpr int mr = 6;
+constexpr int mr = 48, strip = 6, on_the_fly = 12;
+constexpr int groups = 4, group_channels = 8;  // a panel is walked in groups of 8 channels, two vectors
+
+// k is walked in chunks: a widened group (8 KiB) and the activations of a strip (6 KiB) share L1; sums of a chunk go to
+// memory in between.
+constexpr int64_t quads_per_chunk = 128;
 
 HALFBYTE_INLINE I widen(const uint8_t* p) {
   return _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -24,66 +32,150 @@ HALFBYTE_INLINE I broadcast_quad(const int16_t* p) {
   return _mm256_set1_epi64x(x);
 }
 
+// acc += product in place. From _mm256_add_epi32 gcc 12 makes a chain of register copies and spills.
+HALFBYTE_INLINE void accumulate(I& acc, I product) { asm("vpaddd %1, %0, %0" : "+x"(acc) : "x"(product)); }
+
 // Channels of vectors v and v+1 -> their eight sums in order: hadd works per 128-bit half, the permute joins them.
 HALFBYTE_INLINE I join(I first, I second) {
   return _mm256_permute4x64_epi64(_mm256_hadd_epi32(first, second), 0xd8);
 }
 
-template <int rows, int vectors>
-void tile_part(const TileArgs& t, const uint8_t* b, int32_t* out) {
-  const int16_t* a = static_cast<const int16_t*>(t.a);
-  const int64_t lda = t.lda;
+// Where weights come from: the packed panel (bytes, 128 per quad) or the widened chunk (int16, one group).
+struct Packed {
+  static constexpr int64_t quad_bytes = panel_width * quad;
+  static HALFBYTE_INLINE I load(const uint8_t* b, int v) { return widen(b + v * 16); }
+};
+struct Widened {
+  static constexpr int64_t quad_bytes = 2 * group_channels * quad;
+  static HALFBYTE_INLINE I load(const uint8_t* b, int v) {
+    return _mm256_load_si256(reinterpret_cast<const __m256i*>(b) + v);
+  }
+};
+
+// out[r][c] (+)= the products of `quads` quads of `vectors` vectors of 4 channels.
+template <class Weights, int rows, int vectors>
+void multiply(const int16_t* first_row, int64_t lda, const uint8_t* b, int64_t quads, bool add, int32_t* out) {
+  // Rows three by three: base, base + lda and base + 2 lda are addressing modes (see avx512_vnni.cpp).
+  constexpr int bases = (rows + 2) / 3;
+  const int16_t* a[bases];
+#pragma GCC unroll 2
+  for (int i = 0; i < bases; ++i) {
+    a[i] = first_row + 3 * i * lda;
+    asm("" : "+r"(a[i]));
+  }
   I acc[rows][vectors];
 #pragma GCC unroll 6
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) acc[r][v] = _mm256_setzero_si256();
 
-  for (int64_t q = 0; q < t.quads; ++q, a += quad, b += panel_width * quad) {
+  for (int64_t q = 0; q < quads; ++q, b += Weights::quad_bytes) {
     if constexpr (rows <= 2) {
       I x[rows];
 #pragma GCC unroll 2
-      for (int r = 0; r < rows; ++r) x[r] = broadcast_quad(a + r * lda);
+      for (int r = 0; r < rows; ++r) x[r] = broadcast_quad(a[r / 3] + (r % 3) * lda);
 #pragma GCC unroll 8
       for (int v = 0; v < vectors; ++v) {
-        const I w = widen(b + v * 16);
+        const I w = Weights::load(b, v);
 #pragma GCC unroll 2
-        for (int r = 0; r < rows; ++r) acc[r][v] = add_i(acc[r][v], _mm256_madd_epi16(w, x[r]));
+        for (int r = 0; r < rows; ++r) accumulate(acc[r][v], _mm256_madd_epi16(w, x[r]));
       }
     } else {
       I w[vectors];
 #pragma GCC unroll 8
-      for (int v = 0; v < vectors; ++v) w[v] = widen(b + v * 16);
+      for (int v = 0; v < vectors; ++v) w[v] = Weights::load(b, v);
 #pragma GCC unroll 6
       for (int r = 0; r < rows; ++r) {
-        const I x = broadcast_quad(a + r * lda);
+        const I x = broadcast_quad(a[r / 3] + (r % 3) * lda);
 #pragma GCC unroll 8
-        for (int v = 0; v < vectors; ++v) acc[r][v] = add_i(acc[r][v], _mm256_madd_epi16(w[v], x));
+        for (int v = 0; v < vectors; ++v) accumulate(acc[r][v], _mm256_madd_epi16(w[v], x));
       }
     }
+#pragma GCC unroll 2
+    for (int i = 0; i < bases; ++i) a[i] += quad;
   }
 #pragma GCC unroll 6
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; v += 2) {
-      store_i(out + r * panel_width + v / 2 * width, join(acc[r][v], acc[r][v + 1]));
+      int32_t* const sums = out + r * panel_width + v / 2 * width;
+      const I sum = join(acc[r][v], acc[r][v + 1]);
+      store_i(sums, add ? add_i(load_i(sums), sum) : sum);
     }
 }
 
-template <int rows, int vectors>
-void tile_of(const TileArgs& t) {
-  for (int v = 0; v < 8; v += vectors) tile_part<rows, vectors>(t, t.b + v * 16, t.acc + v * 4);
+using Multiply = void (*)(const int16_t*, int64_t, const uint8_t*, int64_t, bool, int32_t*);
+
+// One to six rows of a group.
+template <class Weights>
+constexpr Multiply of_rows[strip] = {multiply<Weights, 1, 2>, multiply<Weights, 2, 2>, multiply<Weights, 3, 2>,
+                                     multiply<Weights, 4, 2>, multiply<Weights, 5, 2>, multiply<Weights, 6, 2>};
+
+// Rows of the i-th of `strips` nearly equal strips.
+struct Strip {
+  int begin, rows;
+};
+inline Strip strip_of(int rows, int strips, int i) {
+  const int begin = rows * i / strips;
+  return {begin, rows * (i + 1) / strips - begin};
+}
+
+void multiply_packed(const TileArgs& t, int64_t q, int64_t quads) {
+  const int strips = (t.rows + strip - 1) / strip;
+  const uint8_t* b = t.b + q * panel_width * quad;
+  for (int i = 0; i < strips; ++i) {
+    const Strip s = strip_of(t.rows, strips, i);
+    const int16_t* a = static_cast<const int16_t*>(t.a) + s.begin * t.lda + q * quad;
+    int32_t* out = t.acc + s.begin * panel_width;
+    if (s.rows == 1) {
+      multiply<Packed, 1, 8>(a, t.lda, b, quads, q > 0, out);
+      continue;
+    }
+    for (int g = 0; g < groups; ++g) {
+      of_rows<Packed>[s.rows - 1](a, t.lda, b + g * 32, quads, q > 0, out + g * group_channels);
+    }
+  }
+}
+
+void multiply_widened(const TileArgs& t, int64_t q, int64_t quads) {
+  alignas(64) uint8_t widened[groups][quads_per_chunk * Widened::quad_bytes];
+  const uint8_t* b = t.b + q * panel_width * quad;
+  for (int64_t i = 0; i < quads; ++i) {
+#pragma GCC unroll 8
+    for (int v = 0; v < 2 * groups; ++v) {
+      uint8_t* const out = widened[v / 2] + i * Widened::quad_bytes + v % 2 * 32;
+      _mm256_store_si256(reinterpret_cast<__m256i*>(out), widen(b + i * panel_width * quad + v * 16));
+    }
+  }
+  // The next chunk comes from L3 meanwhile, a few lines per group: without it the multipliers wait 10 % of the time.
+  constexpr int chunk_lines = quads_per_chunk * panel_width * quad / 64;
+  const uint8_t* next = b + quads * panel_width * quad;
+  const int strips = (t.rows + strip - 1) / strip;
+  const int lines = (chunk_lines + strips * groups - 1) / (strips * groups);
+  for (int i = 0; i < strips; ++i) {
+    const Strip s = strip_of(t.rows, strips, i);
+    const int16_t* a = static_cast<const int16_t*>(t.a) + s.begin * t.lda + q * quad;
+    for (int g = 0; g < groups; ++g) {
+      for (int line = 0; line < lines; ++line, next += 64) {
+        _mm_prefetch(reinterpret_cast<const char*>(next), _MM_HINT_T1);
+      }
+      of_rows<Widened>[s.rows - 1](a, t.lda, widened[g], quads, q > 0,
+                                   t.acc + s.begin * panel_width + g * group_channels);
+    }
+  }
 }
 
 void tile(const TileArgs& t) {
-  switch (t.rows) {
-    case 1: return tile_of<1, 8>(t);
-    case 2: return tile_of<2, 4>(t);
-    case 3: return tile_of<3, 2>(t);
-    case 4: return tile_of<4, 2>(t);
-    case 5: return tile_of<5, 2>(t);
-    default: return tile_of<6, 2>(t);
-  }
+  int64_t q = 0;
+  do {
+    const int64_t quads = t.quads - q < quads_per_chunk ? t.quads - q : quads_per_chunk;
+    if (t.rows <= on_the_fly) {
+      multiply_packed(t, q, quads);
+    } else {
+      multiply_widened(t, q, quads);
+    }
+    q += quads;
+  } while (q < t.quads);
 }
 
 }  // namespace
@@ -92,7 +184,7 @@ void tile(const TileArgs& t) {
 namespace halfbyte::linear_w8a8 {
 
 constinit const GemmKernel kernel_avx2 = {
-    {"linear_w8a8", "linear_w8a8_6x8x4_avx2", "avx2", isa_avx2}, avx2::mr, true, 1, 1 << 17, avx2::tile, avx2::epilogue,
+    {"linear_w8a8", "linear_w8a8_48x32x4_avx2", "avx2", isa_avx2}, avx2::mr, true, 1, 1 << 17, avx2::tile, avx2::epilogue,
 };
 
 }  // namespace halfbyte::linear_w8a8
