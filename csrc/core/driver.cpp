@@ -2,13 +2,15 @@
 //
 //   for each chunk of rows (its codes fit a few MiB, so that any M runs in bounded memory)
 //     quantize the chunk, rows split over the threads          barrier
-//     multiply: a grid of threads over strips of rows x panels of columns
-//       for each block of strips whose codes stay in half of L2
-//         for each group of panels       the panel comes from L3 or DRAM once per block, from L2 for every later strip
-//           for each strip               one tile, then its epilogue while the sums are in L1
+//     multiply: tasks of a block of strips x a span of panels, taken by whichever thread is free
+//       for each strip of the block      one tile, then its epilogue while the sums are in L1
+//
+// The codes of a block stay in half of L2 from task to task; a panel comes from L3 or DRAM once per block and from L2
+// for every later strip. Tasks are taken, not dealt out: on a shared machine a core may lose a tenth of its time.
 #include "core/driver.h"
 
 #include <algorithm>
+#include <atomic>
 
 #include "core/parallel.h"
 
@@ -17,6 +19,7 @@ namespace {
 
 constexpr int64_t chunk_bytes = int64_t{4} << 20;
 constexpr int64_t block_bytes = int64_t{512} << 10;
+constexpr int64_t tasks_per_thread = 16;
 
 // The quantized chunk; one per calling thread, kept for the next call.
 struct Workspace {
@@ -32,25 +35,13 @@ struct Workspace {
 };
 thread_local Workspace workspace;
 
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // [0, total) in `parts` nearly equal pieces.
 struct Piece {
   int64_t begin, end;
 };
 Piece piece(int64_t total, int64_t index, int64_t parts) { return {total * index / parts, total * (index + 1) / parts}; }
-
-// Threads as a grid: `down` over the strips, `size / down` over the panels; the one with the smallest largest share.
-// Ties go to fewer splits of the rows, which reads each weight on one core only.
-int split_rows(int size, int64_t strips, int64_t panels) {
-  int best = 1;
-  int64_t best_share = INT64_MAX;
-  for (int down = 1; down <= size; ++down) {
-    if (size % down) continue;
-    const int across = size / down;
-    const int64_t share = ((strips + down - 1) / down) * ((panels + across - 1) / across);
-    if (share < best_share) best_share = share, best = down;
-  }
-  return best;
-}
 
 struct Multiplication {
   const GemmKernel& kernel;
@@ -60,7 +51,7 @@ struct Multiplication {
   int64_t first_row, rows, strips;
 
   void strip(int64_t index, int64_t panel, int panels) const;
-  void run(const Team& team) const;
+  void run(int threads, std::atomic<int64_t>& next_task) const;
 };
 
 void Multiplication::strip(int64_t index, int64_t panel, int panels) const {
@@ -76,12 +67,18 @@ void Multiplication::strip(int64_t index, int64_t panel, int panels) const {
   tile.b = packed.panel(panel);
   tile.panel_bytes = packed.panel_bytes();
   tile.acc = acc;
-  kernel.tile(tile);
 
   const int64_t row = first_row + r.begin, column = panel * panel_width;
+  const int64_t c_bytes = out.c_type == DType::f32 || out.c_type == DType::i32 ? 4 : 2;
+  char* const c = static_cast<char*>(out.c) + (row * out.ldc + column) * c_bytes;
   EpilogueArgs e = out;
   e.rows = tile.rows;
   e.columns = static_cast<int>(std::min<int64_t>(packed.n - column, int64_t{panels} * panel_width));
+  // The lines of C come in while the tile multiplies; the epilogue's stores would wait for them.
+  for (int i = 0; i < e.rows; ++i) {
+    for (int64_t j = 0; j < e.columns * c_bytes; j += 64) __builtin_prefetch(c + i * out.ldc * c_bytes + j, 1, 2);
+  }
+  kernel.tile(tile);
   e.acc = acc;
   e.acc_stride = int64_t{panels} * panel_width;
   e.a_scale = a.scale + r.begin;
@@ -90,8 +87,7 @@ void Multiplication::strip(int64_t index, int64_t panel, int panels) const {
   e.b_scale = packed.scale() + column;
   e.b_sum = packed.sum() + column;
   if (e.bias) e.bias += column;
-  const int64_t c_bytes = out.c_type == DType::f32 || out.c_type == DType::i32 ? 4 : 2;
-  e.c = static_cast<char*>(out.c) + (row * out.ldc + column) * c_bytes;
+  e.c = c;
   if (e.residual) {
     const int64_t bytes = out.residual_type == DType::f32 ? 4 : 2;
     e.residual = static_cast<const char*>(out.residual) + (row * out.ldr + column) * bytes;
@@ -99,19 +95,26 @@ void Multiplication::strip(int64_t index, int64_t panel, int panels) const {
   kernel.epilogue(e);
 }
 
-void Multiplication::run(const Team& team) const {
-  const int down = split_rows(team.size, strips, packed.panels());
-  const int across = team.size / down;
-  const Piece mine = piece(strips, team.rank / across, down);
-  const Piece panels = piece(packed.panels(), team.rank % across, across);
-  const int64_t largest = (rows + strips - 1) / strips;
-  const int64_t group = std::clamp<int64_t>(kernel.accumulators / largest, 1, max_panels);
-  const int64_t strip_bytes = largest * a.ldc * (kernel.wide ? 2 : 1);
-  const int64_t block = std::max<int64_t>(1, block_bytes / std::max<int64_t>(1, strip_bytes));
-  for (int64_t s = mine.begin; s < mine.end; s += block) {
-    for (int64_t p = panels.begin; p < panels.end; p += group) {
-      const int count = static_cast<int>(std::min(group, panels.end - p));
-      for (int64_t i = s; i < std::min(s + block, mine.end); ++i) strip(i, p, count);
+void Multiplication::run(int threads, std::atomic<int64_t>& next_task) const {
+  const int64_t largest = ceil_div(rows, strips);
+  const int64_t row_bytes = std::max<int64_t>(1, a.ldc * (kernel.wide ? 2 : 1));
+  const int64_t widest = std::clamp<int64_t>(kernel.accumulators / largest, 1, max_panels);
+  const int64_t group = std::min(widest, ceil_div(packed.panels(), threads));
+  const int64_t groups = ceil_div(packed.panels(), group);
+  const int64_t wanted = tasks_per_thread * threads;
+  const int64_t most = std::max<int64_t>(1, strips * groups / wanted);
+  const int64_t block = std::clamp<int64_t>(block_bytes / (largest * row_bytes), 1, most);
+  const int64_t blocks = ceil_div(strips, block);
+  // A task walks neighboring groups: the kernels fetch ahead, and what they fetch should be their own.
+  const int64_t span = std::clamp<int64_t>(groups * blocks / wanted, 1, groups);
+  const int64_t spans = ceil_div(groups, span);
+  for (int64_t task; (task = next_task.fetch_add(1, std::memory_order_relaxed)) < blocks * spans;) {
+    const int64_t first = task / spans * block, last = std::min(first + block, strips);
+    const int64_t begin = task % spans * span, end = std::min(begin + span, groups);
+    for (int64_t g = begin; g < end; ++g) {
+      const int64_t panel = g * group;
+      const int count = static_cast<int>(std::min(group, packed.panels() - panel));
+      for (int64_t i = first; i < last; ++i) strip(i, panel, count);
     }
   }
 }
@@ -137,15 +140,18 @@ void gemm(const GemmKernel& kernel, const quantize_rows::Kernel& quantizer, cons
 
   const int wanted = call.threads > 0 ? call.threads : default_threads();
   const int64_t useful = 1 + call.m * packed.n_padded * packed.k_padded / (2 * kernel.grain);
+  std::atomic<int64_t> next_task[2] = {0, 0};  // chunks take turns: one counter is set back while the other is in use
   parallel(static_cast<int>(std::min<int64_t>(wanted, useful)), [&](Team& team) {
-    for (int64_t first = 0; first < call.m; first += chunk) {
+    int turn = 0;
+    for (int64_t first = 0; first < call.m; first += chunk, turn = 1 - turn) {
       const int64_t rows = std::min(chunk, call.m - first);
       quantize_rows::Args mine = a;
       mine.x = static_cast<const char*>(a.x) + first * a.ldx * (a.x_type == DType::f32 ? 4 : 2);
       const Piece r = piece(rows, team.rank, team.size);
       quantizer.rows(mine, r.begin, r.end);
       team.barrier();
-      Multiplication{kernel, packed, mine, call.out, first, rows, (rows + mr - 1) / mr}.run(team);
+      if (team.rank == 0) next_task[1 - turn].store(0, std::memory_order_relaxed);
+      Multiplication{kernel, packed, mine, call.out, first, rows, ceil_div(rows, mr)}.run(team.size, next_task[turn]);
       if (first + chunk < call.m) team.barrier();
     }
   });
