@@ -50,13 +50,21 @@ struct Multiplication {
   const EpilogueArgs& out;
   int64_t first_row, rows, strips;
 
+  Piece strip_rows(int64_t index) const;
   void strip(int64_t index, int64_t panel, int panels) const;
   void run(int threads, std::atomic<int64_t>& next_task) const;
 };
 
+// Nearly equal, in whole row steps: no kernel likes a last strip of one row.
+Piece Multiplication::strip_rows(int64_t index) const {
+  const int64_t steps = ceil_div(rows, kernel.row_step);
+  const Piece s = piece(steps, index, strips);
+  return {s.begin * kernel.row_step, std::min(s.end * kernel.row_step, rows)};
+}
+
 void Multiplication::strip(int64_t index, int64_t panel, int panels) const {
   alignas(64) int32_t acc[std::max(max_mr, 12 * max_panels) * panel_width];
-  const Piece r = piece(rows, index, strips);
+  const Piece r = strip_rows(index);
   const int64_t code_bytes = kernel.wide ? 2 : 1;
   TileArgs tile;
   tile.rows = static_cast<int>(r.end - r.begin);
@@ -96,7 +104,7 @@ void Multiplication::strip(int64_t index, int64_t panel, int panels) const {
 }
 
 void Multiplication::run(int threads, std::atomic<int64_t>& next_task) const {
-  const int64_t largest = ceil_div(rows, strips);
+  const int64_t largest = ceil_div(ceil_div(rows, kernel.row_step), strips) * kernel.row_step;
   const int64_t row_bytes = std::max<int64_t>(1, a.ldc * (kernel.wide ? 2 : 1));
   const int64_t widest = std::clamp<int64_t>(kernel.accumulators / largest, 1, max_panels);
   const int64_t group = std::min(widest, ceil_div(packed.panels(), threads));

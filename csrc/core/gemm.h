@@ -40,6 +40,7 @@ struct EpilogueArgs {
 struct GemmKernel {
   KernelInfo info;
   int mr;            // most rows of a tile
+  int row_step;      // a tile computes its rows in steps of this many; a divisor of mr
   bool wide;         // wants int16 activation codes
   int accumulators;  // a tile of r rows may span accumulators / r panels (at least one, at most max_panels)
   int64_t grain;     // multiplications that take about 3 us: less than that is not worth another thread

@@ -62,7 +62,7 @@ namespace halfbyte::linear_w8a8 {
 
 constinit const GemmKernel kernel_amx_int8 = {
     {"linear_w8a8", "linear_w8a8_32x32x64_amx_int8", "amx_int8", isa_amx_int8},
-    amx_int8::mr, false, 1, 1 << 20, amx_int8::tile, amx_int8::epilogue,
+    amx_int8::mr, 1, false, 1, 1 << 20, amx_int8::tile, amx_int8::epilogue,
 };
 
 }  // namespace halfbyte::linear_w8a8

@@ -6,7 +6,7 @@
 // 6 rows x 2 vectors (8 channels): 12 accumulators + 2 weights + 1 broadcast + 1 product = 16 registers.
 //
 // The additions compete with everything else for the four vector pipes, so the widening (one shuffle per vector) is done
-// once per 512 k for up to 48 rows, into L1; up to 12 rows widen on the fly.
+// once per 1024 k for up to 48 rows; up to 12 rows widen on the fly.
 #include "simd/avx2.h"
 
 #include "core/packed_weight.h"
@@ -19,9 +19,9 @@ namespace {
 constexpr int mr = 48, strip = 6, on_the_fly = 12;
 constexpr int groups = 4, group_channels = 8;  // a panel is walked in groups of 8 channels, two vectors
 
-// k is walked in chunks: a widened group (8 KiB) and the activations of a strip (6 KiB) share L1; sums of a chunk go to
+// k is walked in chunks: a widened group (16 KiB) and the activations of a strip (12 KiB) share L1; sums of a chunk go to
 // memory in between.
-constexpr int64_t quads_per_chunk = 128;
+constexpr int64_t quads_per_chunk = 256;
 
 HALFBYTE_INLINE I widen(const uint8_t* p) {
   return _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -184,7 +184,7 @@ void tile(const TileArgs& t) {
 namespace halfbyte::linear_w8a8 {
 
 constinit const GemmKernel kernel_avx2 = {
-    {"linear_w8a8", "linear_w8a8_48x32x4_avx2", "avx2", isa_avx2}, avx2::mr, true, 1, 1 << 17, avx2::tile, avx2::epilogue,
+    {"linear_w8a8", "linear_w8a8_48x32x4_avx2", "avx2", isa_avx2}, avx2::mr, avx2::strip, true, 1, 1 << 17, avx2::tile, avx2::epilogue,
 };
 
 }  // namespace halfbyte::linear_w8a8

@@ -99,7 +99,7 @@ namespace halfbyte::linear_w8a8 {
 
 constinit const GemmKernel kernel_avx512_vnni = {
     {"linear_w8a8", "linear_w8a8_12x32x4_avx512_vnni", "avx512_vnni", isa_avx512_vnni},
-    avx512_vnni::mr, false, avx512_vnni::accumulators, 1 << 19, avx512_vnni::tile, avx512_vnni::epilogue,
+    avx512_vnni::mr, 1, false, avx512_vnni::accumulators, 1 << 19, avx512_vnni::tile, avx512_vnni::epilogue,
 };
 
 }  // namespace halfbyte::linear_w8a8

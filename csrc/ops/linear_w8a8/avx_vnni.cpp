@@ -86,7 +86,7 @@ namespace halfbyte::linear_w8a8 {
 
 constinit const GemmKernel kernel_avx_vnni = {
     {"linear_w8a8", "linear_w8a8_6x16x4_avx_vnni", "avx_vnni", isa_avx_vnni},
-    avx_vnni::mr, false, 1, 1 << 18, avx_vnni::tile, avx_vnni::epilogue,
+    avx_vnni::mr, 1, false, 1, 1 << 18, avx_vnni::tile, avx_vnni::epilogue,
 };
 
 }  // namespace halfbyte::linear_w8a8

@@ -44,7 +44,7 @@ void tile(const TileArgs& t) {
 namespace halfbyte::linear_w8a8 {
 
 constinit const GemmKernel kernel_scalar = {
-    {"linear_w8a8", "linear_w8a8_4x32x4_scalar", "scalar", isa_scalar}, 4, false, 1, 1 << 13, scalar::tile, scalar::epilogue,
+    {"linear_w8a8", "linear_w8a8_4x32x4_scalar", "scalar", isa_scalar}, 4, 1, false, 1, 1 << 13, scalar::tile, scalar::epilogue,
 };
 
 }  // namespace halfbyte::linear_w8a8
