@@ -16,6 +16,7 @@ namespace halfbyte {
   }
 #include "ops.inc"
 #undef OP
+void bind_torch_call(py::module_& m);
 
 namespace {
 
@@ -109,4 +110,5 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
 #define OP(name) name::bind(m);
 #include "ops.inc"
 #undef OP
+  bind_torch_call(m);
 }

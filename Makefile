@@ -1,0 +1,59 @@
+# Install, test, measure and show halfbyte. Everything goes into .venv and build/, nothing outside this folder.
+# Needs Python >= 3.10 with venv, a C++20 compiler and make; cmake and ninja come from pip.
+PYTHON  ?= python3
+VENV    ?= .venv
+PY      := $(VENV)/bin/python
+PIP     := $(PY) -m pip --disable-pip-version-check install --quiet -c constraints.txt
+CMAKE   := $(VENV)/bin/cmake
+NINJA   := $(CURDIR)/$(VENV)/bin/ninja
+WHEEL   := build/wheel
+SOURCES := $(shell find csrc python CMakeLists.txt -type f -not -name '*.so' -not -path '*/__pycache__/*')
+CPPTEST := $(SOURCES) $(wildcard tests/cpp/*)
+PYTEST  := HALFBYTE_BUILD_DIR=$(CURDIR)/$(WHEEL) $(PY) -m pytest
+
+.PHONY: install test lint sanitize demo bench clean
+.DEFAULT_GOAL := install
+
+# The stamps: .tools (build tools), .installed (the package with what tests and demo need), .peers (what bench
+# compares with). A repeated call does nothing until a file above it changes.
+$(VENV)/.tools: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) cmake ninja pybind11 scikit-build-core
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.tools pyproject.toml $(SOURCES)
+	$(PIP) --no-build-isolation -C build-dir=$(WHEEL) '.[torch,demo,dev]'
+	touch $@
+
+$(VENV)/.peers: $(VENV)/.installed
+	$(PIP) --no-build-isolation -C build-dir=$(WHEEL) '.[bench]'
+	touch $@
+
+install: $(VENV)/.installed
+
+test: $(VENV)/.installed
+	$(PYTEST) tests $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff check .
+
+# The C++ core and every kernel under the sanitizers, without Python in the process.
+build/sanitize-%/ok: $(VENV)/.tools $(CPPTEST)
+	$(CMAKE) -S . -B $(@D) -G Ninja -DCMAKE_MAKE_PROGRAM=$(NINJA) -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	  -DHALFBYTE_PYTHON=OFF -DHALFBYTE_TESTS=ON -DHALFBYTE_EMULATE=ON -DHALFBYTE_SANITIZE=$* > /dev/null
+	$(NINJA) -C $(@D) --quiet core_test
+	UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 $(@D)/tests/cpp/core_test
+	touch $@
+
+sanitize: build/sanitize-address,undefined/ok build/sanitize-thread/ok
+
+demo: $(VENV)/.installed
+	$(PY) -m halfbyte demo
+
+bench: $(VENV)/.peers
+	$(PY) -m halfbyte bench linear -m 1,8,32,128,512 -n 4096 -k 4096 --scheme w8a8 \
+	  --vs torch-fp32,torch-bf16,torch-int8,onnxruntime,openvino,torchao
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .hypothesis .ruff_cache .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,146 @@
+"""Write the README's measured tables from benchmarks/results/*.json, between the two bench markers.
+
+usage: render_readme.py [--check]     --check: write nothing, exit 1 if the README differs from the results
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from itertools import groupby
+from pathlib import Path
+
+from halfbyte.bench.machine import sentence
+from halfbyte.bench.peers import INT8_PEERS
+from halfbyte.tables import markdown_table, percent, significant
+
+ROOT = Path(__file__).resolve().parent.parent
+START, END = "<!-- bench:start -->", "<!-- bench:end -->"
+OURS = "halfbyte"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="exit 1 if the README is out of date")
+    args = parser.parse_args()
+    readme = ROOT / "README.md"
+    before = readme.read_text(encoding="utf-8")
+    results = [
+        json.loads(path.read_text()) for path in sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+    ]
+    after = replace_block(before, render(results))
+    if args.check:
+        if after != before:
+            print("README.md is out of date: run python benchmarks/render_readme.py", file=sys.stderr)
+        return int(after != before)
+    readme.write_text(after, encoding="utf-8")
+    return 0
+
+
+def replace_block(text: str, block: str) -> str:
+    """`text` with what stands between the markers replaced; ValueError if a marker is missing or doubled."""
+    if text.count(START) != 1 or text.count(END) != 1:
+        raise ValueError(f"README.md must hold {START} and {END} exactly once each")
+    head, tail = text.partition(START)[0], text.partition(END)[2]
+    return f"{head}{START}\n{block}{END}{tail}"
+
+
+def render(results: list[dict]) -> str:
+    """Markdown of all results: per machine the linear layers, then the models."""
+    parts = []
+    kinds = [r for r in results if r["kind"] in _TABLES]
+    for where, group in groupby(sorted(kinds, key=_machine_key), key=_machine_key):
+        members = list(group)
+        parts.append(f"Measured on {where}; {_versions(members)}.")
+        for kind, table in _TABLES.items():
+            chosen = [r for r in members if r["kind"] == kind]
+            parts += [table(chosen)] if chosen else []
+    return "".join(f"{part}\n\n" for part in parts).removesuffix("\n")
+
+
+def _machine_key(result: dict) -> str:
+    return sentence(result["machine"])
+
+
+def _versions(results: list[dict]) -> str:
+    packages = {name: version for r in results for name, version in r["machine"]["packages"].items()}
+    return ", ".join(f"{name} {version}" for name, version in packages.items() if name != "numpy")
+
+
+def _linear(results: list[dict]) -> str:
+    shapes = [(r, shape) for r in results for shape in r["results"]]
+    named = {row["name"] for _, shape in shapes for row in shape["rows"]}
+    names = [n for r in results for n in r["settings"]["vs"] if n in named]
+    peers = list(dict.fromkeys(names))
+    headers = ["m x n x k", OURS, "ceiling", "of ceiling", "best int8 peer", "faster than it", *peers]
+    return "Microseconds:\n\n" + markdown_table(
+        headers, [_linear_row(r, shape, peers) for r, shape in shapes]
+    )
+
+
+def _linear_row(result: dict, shape: dict, peers: list[str]) -> list[str]:
+    rows = {row["name"]: row for row in shape["rows"]}
+    mine = rows[OURS]
+    top = shape["ceilings"]
+    limits = []  # (seconds at that ceiling, fraction of it that was reached)
+    if top["int8"]:
+        limits.append((2 * shape["m"] * shape["n"] * shape["k"] / top["int8"], mine["of_peak"]))
+    if mine["read_level"]:
+        rate = top["dram_read" if mine["read_level"].startswith("DRAM") else "cache_read"]
+        limits.append((mine["bytes"] / rate, mine["of_read"]))
+    seconds, reached = max(limits, default=(None, None))
+    rivals = [row for name, row in rows.items() if name in INT8_PEERS]
+    best = min(rivals, key=lambda row: row["us"], default=None)
+    forced = result["settings"]["isa"] or result["machine"]["forced_isa"]
+    label = f"{shape['m']}x{shape['n']}x{shape['k']}" + (", cold" if shape["cold"] else "")
+    return [
+        f"{label}, forced to {forced}" if forced else label,
+        significant(mine["us"]),
+        significant(seconds and seconds * 1e6),
+        percent(reached),
+        best["name"] if best else "-",
+        f"**{best['ours_is_faster_by']:.2f}x**" if best else "-",
+        *(significant(rows[name]["us"]) if name in rows else "-" for name in peers),
+    ]
+
+
+def _model(results: list[dict]) -> str:
+    blocks = []
+    for result in results:
+        names = list(dict.fromkeys(row["name"] for shape in result["results"] for row in shape["rows"]))
+        rows = []
+        for shape in result["results"]:
+            cells = {row["name"]: row for row in shape["rows"]}
+            rows.append([
+                f"{shape['batch']}x{shape['tokens']}", f"**{cells[OURS]['speedup']:.2f}x**",
+                *(_ms_and_cosine(cells.get(name)) for name in names),
+            ])  # fmt: skip
+        blocks.append(
+            f"{result['model']}, only its linear layers replaced: milliseconds per forward pass, "
+            "and in brackets the lowest cosine of a sentence embedding to float32:\n\n"
+            + markdown_table(["batch x tokens", "speed-up over float32", *names], rows)
+        )
+    return "\n\n".join(blocks)
+
+
+def _ms_and_cosine(row: dict | None) -> str:
+    return f"{significant(row['ms'])} ({row['min_cosine']:.3f})" if row else "-"
+
+
+def _quality(results: list[dict]) -> str:
+    rows = [
+        [row["name"], f"{row['spearman']:.2f}", f"{row['spearman'] - r['rows'][0]['spearman']:+.2f}"]
+        for r in results
+        for row in r["rows"]
+        if "spearman" in row
+    ]
+    pairs = results[0]["pairs"]
+    title = f"The same model on {pairs} sentence pairs of the STS benchmark, Spearman correlation x100:\n\n"
+    return title + markdown_table(["", "Spearman", "change"], rows)
+
+
+_TABLES = {"linear": _linear, "model": _model, "quality": _quality}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""halfbyte: int8 kernels that make the linear layers of eager PyTorch models small and fast on the CPU.
+
+Importing this needs numpy only; torch is met when a tensor or model is passed, or a name that needs it used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from . import _core
+from .dispatch import cpu_features, force_isa, get_num_threads, kernels, set_num_threads
+from .errors import (
+    DeviceError,
+    DTypeError,
+    FormatError,
+    HalfbyteError,
+    IsaError,
+    ModelError,
+    NonFiniteError,
+    SchemeError,
+    ShapeError,
+)
+from .ops import linear
+from .pack import PackedWeight, pack
+from .quantize import QuantizedTensor, RowQuantized, dequantize, quantize, quantize_rows
+from .scheme import Scheme
+
+__version__: str = _core.build_info()["version"]
+
+# Names that need torch, and the modules that hold them. No module is called as a name is: importing a
+# submodule binds it in the package, over a function of that name.
+_NEED_TORCH = {
+    "QLinear": "qlinear",
+    "quantize_": "convert",
+    "quantize_dynamic": "convert",
+    "calibrate": "calibration",
+    "decalibrate_": "calibration",
+    "save": "io",
+    "load": "io",
+    "summary": "report",
+    "Summary": "report",
+}
+
+__all__ = [
+    "DTypeError",
+    "DeviceError",
+    "FormatError",
+    "HalfbyteError",
+    "IsaError",
+    "ModelError",
+    "NonFiniteError",
+    "PackedWeight",
+    "QuantizedTensor",
+    "RowQuantized",
+    "Scheme",
+    "SchemeError",
+    "ShapeError",
+    "__version__",
+    "cpu_features",
+    "dequantize",
+    "force_isa",
+    "get_num_threads",
+    "kernels",
+    "linear",
+    "pack",
+    "quantize",
+    "quantize_rows",
+    "set_num_threads",
+    *_NEED_TORCH,
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _NEED_TORCH:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .extras import require
+
+    require("torch", extra="torch", purpose=f"halfbyte.{name}")
+    value = getattr(import_module(f".{_NEED_TORCH[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

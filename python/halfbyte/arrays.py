@@ -1,0 +1,145 @@
+"""What the kernels see of a numpy array or a CPU torch tensor: a pointer, a row stride, a dtype code.
+
+torch is never imported here: only a process that has imported it can pass one of its tensors.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from . import dispatch
+from .errors import DeviceError, DTypeError, ShapeError
+
+F32, BF16, F16, I32 = range(4)  # dtype codes of halfbyte._core
+
+Array = Any  # numpy.ndarray or torch.Tensor
+
+
+class _Numpy:
+    name = "a numpy array"
+    float32, int8, int32 = np.dtype(np.float32), np.dtype(np.int8), np.dtype(np.int32)
+    codes = {float32: F32, np.dtype(np.float16): F16, int32: I32}
+
+    def owns(self, x: object) -> bool:
+        return isinstance(x, np.ndarray)
+
+    def check_memory(self, x: np.ndarray, what: str) -> None:
+        pass
+
+    def dtype(self, spec: object) -> np.dtype:
+        return np.dtype(spec)
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        return np.empty(shape, dtype)
+
+    def cast(self, x: np.ndarray, dtype: np.dtype) -> np.ndarray:
+        return np.ascontiguousarray(x, dtype)
+
+    def pointer(self, x: np.ndarray) -> int:
+        return x.__array_interface__["data"][0]
+
+    def rows(self, x: np.ndarray, k: int) -> tuple[np.ndarray, int]:
+        a = x.reshape(-1, k)
+        (outer, inner), size = a.strides, a.itemsize
+        dense = (inner == size or k == 1) and (len(a) <= 1 or (outer >= k * size and outer % size == 0))
+        if not (dense and a.flags.aligned):
+            a = a.copy()
+        return a, a.strides[0] // size if len(a) > 1 else k
+
+    def threads(self) -> int:
+        return 0
+
+
+class _Torch:
+    name = "a torch tensor"
+
+    def __init__(self, torch: Any):
+        self.torch = torch
+        self.float32, self.int8, self.int32 = torch.float32, torch.int8, torch.int32
+        self.codes = {torch.float32: F32, torch.bfloat16: BF16, torch.float16: F16, torch.int32: I32}
+
+    def owns(self, x: object) -> bool:
+        return isinstance(x, self.torch.Tensor)
+
+    def check_memory(self, x: Any, what: str) -> None:
+        if x.is_meta:
+            raise DeviceError(f"{what} is on the meta device, without data; load its values first")
+        if x.device.type != "cpu":
+            raise DeviceError(
+                f"{what} is on the device {str(x.device)!r}; the kernels run on the CPU: move it there"
+            )
+        if x.layout is not self.torch.strided:
+            raise DeviceError(
+                f"{what} has the layout {x.layout}; the kernels take dense tensors: call .to_dense()"
+            )
+
+    def dtype(self, spec: object) -> Any:
+        return spec
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        return self.torch.empty(shape, dtype=dtype, device="cpu")
+
+    def cast(self, x: Any, dtype: Any) -> Any:
+        return x.detach().to(dtype).contiguous()
+
+    def pointer(self, x: Any) -> int:
+        return x.data_ptr()
+
+    def rows(self, x: Any, k: int) -> tuple[Any, int]:
+        a = x.detach().resolve_neg().reshape(-1, k)
+        outer, inner = a.stride()
+        if (inner != 1 and k > 1) or (len(a) > 1 and outer < k):
+            a = a.contiguous()
+        return a, a.stride(0) if len(a) > 1 else k
+
+    def threads(self) -> int:
+        return dispatch.thread_override or self.torch.get_num_threads()
+
+
+Kind = _Numpy | _Torch
+
+NUMPY = _Numpy()
+_torch = cache(_Torch)
+
+
+def kind_of(x: object, what: str) -> Kind:
+    """The adapter for `x`, whose memory the kernels can read; DTypeError or DeviceError otherwise."""
+    torch = sys.modules.get("torch")
+    if NUMPY.owns(x):
+        kind = NUMPY
+    elif torch is not None and _torch(torch).owns(x):
+        kind = _torch(torch)
+    else:
+        raise DTypeError(f"{what} must be a numpy array or a torch tensor, not {type(x).__name__}")
+    kind.check_memory(x, what)
+    return kind
+
+
+def check_kind(kind: Kind, x: object, what: str, like: str) -> None:
+    """DTypeError or DeviceError unless `x` is readable memory of the given kind."""
+    if not kind.owns(x):
+        raise DTypeError(f"{what} must be {kind.name} as {like} is, not {type(x).__name__}")
+    kind.check_memory(x, what)
+
+
+def float_code(kind: Kind, dtype: Any, what: str) -> int:
+    """The dtype code of a floating-point dtype that the kernels read and write."""
+    code = kind.codes.get(dtype, I32)
+    if code == I32:
+        names = ", ".join(str(d).removeprefix("torch.") for d, c in kind.codes.items() if c != I32)
+        raise DTypeError(f"{what} has the dtype {dtype}; as {kind.name} it must be one of: {names}")
+    return code
+
+
+def check_vector(kind: Kind, x: object, n: int, what: str, like: str) -> None:
+    """Errors unless `x` is a floating-point vector of n elements of the given kind."""
+    check_kind(kind, x, what, like)
+    float_code(kind, x.dtype, what)
+    if tuple(x.shape) != (n,):
+        raise ShapeError(
+            f"{what} has the shape {tuple(x.shape)}; it must be ({n},), one value per output channel"
+        )

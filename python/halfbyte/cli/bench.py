@@ -1,0 +1,169 @@
+"""`halfbyte bench linear | overhead | model`: command line, output formats and files of the benchmarks."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import halfbyte
+
+from ..bench import linear, model, overhead
+from ..bench.engine import progress
+from ..bench.machine import available_cores
+from ..bench.peers import PEERS
+from ..bench.render import render
+from ..errors import SchemeError
+
+_DEFAULT_M, _DEFAULT_N, _DEFAULT_K = [1, 8, 32, 128, 512], [4096], [4096]
+_DEFAULT_MODEL_SHAPES = [(1, 16), (8, 64), (32, 128)]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `halfbyte bench`."""
+    kinds = parser.add_subparsers(dest="kind", required=True)
+
+    one = kinds.add_parser("linear", help="one linear layer against other tools and the machine's ceilings")
+    one.add_argument(
+        "-m", type=_integers, metavar="M,...", help=f"rows of activations (default {_join(_DEFAULT_M)})"
+    )
+    one.add_argument(
+        "-n", type=_integers, metavar="N,...", help=f"output features (default {_join(_DEFAULT_N)})"
+    )
+    one.add_argument(
+        "-k", type=_integers, metavar="K,...", help=f"input features (default {_join(_DEFAULT_K)})"
+    )
+    one.add_argument(
+        "--shape", type=_shapes(3), metavar="MxNxK,...", help="whole shapes instead of -m, -n and -k"
+    )
+    one.add_argument(
+        "--scheme", type=_schemes, default=["w8a8"], metavar="S,...", help="halfbyte schemes (default w8a8)"
+    )
+    one.add_argument("--vs", type=_names(PEERS), default=list(PEERS), metavar="P,...", help=_peer_help(PEERS))
+    one.add_argument(
+        "--cold", action="store_true", help="rotate through more weights than the last-level cache holds"
+    )
+    one.add_argument(
+        "--isa", help="run halfbyte as on a machine with this instruction set; peers are not affected"
+    )
+    one.add_argument("--plot", type=Path, metavar="FILE", help="draw the roofline (png, svg, pdf)")
+    _add_common(one, rounds=15, round_ms=10)
+
+    call = kinds.add_parser("overhead", help="cost of one call of a tiny layer above its kernel")
+    _add_common(call, rounds=25, round_ms=10, threads=False)
+
+    whole = kinds.add_parser("model", help="MiniLM with its linear layers replaced")
+    whole.add_argument(
+        "--shape", type=_shapes(2), default=_DEFAULT_MODEL_SHAPES, metavar="BxT,...",
+        help="batch x tokens (default 1x16,8x64,32x128)",
+    )  # fmt: skip
+    whole.add_argument(
+        "--vs",
+        type=_names(model.PEERS),
+        default=list(model.PEERS),
+        metavar="P,...",
+        help=_peer_help(model.PEERS),
+    )
+    _add_common(whole, rounds=11, round_ms=30)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, write the JSON file and the plot if asked, print in the chosen format."""
+    seconds = args.round_ms / 1000
+    if args.kind == "linear":
+        grid = itertools.product(args.m or _DEFAULT_M, args.n or _DEFAULT_N, args.k or _DEFAULT_K)
+        # Shapes of one weight together, small M first, whatever the order of the lists.
+        shapes = args.shape or sorted(grid, key=lambda mnk: (mnk[1], mnk[2], mnk[0]))
+        settings = linear.Settings(
+            shapes, args.scheme, args.vs, args.threads, args.cold, args.isa, args.rounds, seconds
+        )
+        result = linear.run(settings)
+    elif args.kind == "overhead":
+        result = overhead.run(args.rounds, seconds)
+    else:
+        result = model.run(model.Settings(args.shape, args.vs, args.threads, args.rounds, seconds))
+    progress("")
+    text = json.dumps(result, indent=1)
+    if args.output:
+        args.output.write_text(text + "\n")
+        print(f"wrote {args.output}", file=sys.stderr)
+    if getattr(args, "plot", None):
+        from ..bench.plot import roofline
+
+        roofline(result, args.plot)
+        print(f"wrote {args.plot}", file=sys.stderr)
+    print(text if args.format == "json" else render(result, args.format))
+    return 0
+
+
+def _add_common(parser: argparse.ArgumentParser, rounds: int, round_ms: float, threads: bool = True) -> None:
+    if threads:
+        cores = available_cores()
+        parser.add_argument(
+            "--threads", type=_positive, default=cores, help=f"for every contestant (default {cores})"
+        )
+    parser.add_argument(
+        "--rounds", type=_positive, default=rounds, help=f"interleaved rounds (default {rounds})"
+    )
+    parser.add_argument(
+        "--round-ms", type=_positive, default=round_ms, metavar="MS",
+        help=f"calls are repeated for about this long per round and contestant (default {round_ms})",
+    )  # fmt: skip
+    parser.add_argument("--format", choices=("table", "json", "markdown"), default="table")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="also write the result, with every sample, as JSON"
+    )
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _integers(text: str) -> list[int]:
+    return [_positive(part) for part in text.split(",")]
+
+
+def _shapes(dimensions: int):
+    def parse(text: str) -> list[tuple[int, ...]]:
+        shapes = [tuple(_integers(part.replace("x", ","))) for part in text.split(",")]
+        for shape in shapes:
+            if len(shape) != dimensions:
+                raise argparse.ArgumentTypeError(
+                    f"{'x'.join(map(str, shape))}: expected {dimensions} sizes with x between"
+                )
+        return shapes
+
+    parse.__name__ = "shape"  # argparse names the type in its messages
+    return parse
+
+
+def _schemes(text: str) -> list[str]:
+    try:
+        return [str(halfbyte.Scheme.parse(part)) for part in text.split(",")]
+    except SchemeError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _names(known):
+    def parse(text: str) -> list[str]:
+        names = [] if text == "none" else text.split(",")
+        for name in names:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"unknown peer {name!r}; known: {', '.join(known)}, none")
+        return names
+
+    parse.__name__ = "peers"
+    return parse
+
+
+def _peer_help(known) -> str:
+    return f"compare with some of {', '.join(known)}, or none (default: all)"
+
+
+def _join(values: list[int]) -> str:
+    return ",".join(map(str, values))

@@ -1,0 +1,147 @@
+"""`halfbyte demo`: MiniLM searches Python's own documentation in float32 and in int8, side by side."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import textwrap
+import time
+
+from ..bench import minilm
+from ..bench.linear import kernel_name, thread_counts
+from ..bench.machine import available_cores
+from ..extras import require
+from ..tables import mebibytes, text_table
+
+_SCHEME = "w8a8"
+_BATCH = 32
+_TOP = 5
+_FLOAT, _OURS = "float32", "halfbyte"
+_QUESTIONS = (
+    "How do I leave a loop before it has finished?",
+    "How can I run cleanup code whether or not an error happened?",
+    "What does the @ sign above a function do?",
+    "How do I make my own object usable in a with statement?",
+    "How do I print a number with two digits after the decimal point?",
+    "When is an object that nobody uses removed from memory?",
+    "How can a function take any number of arguments?",
+    "If two parent classes have the same method, which one is called?",
+    "How do I go through my program line by line to find a bug?",
+    "How do I write a function that pauses and gives out values one by one?",
+    "Why is 0.1 + 0.2 not exactly 0.3?",
+    "How do I change a global variable from inside a function?",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `halfbyte demo`."""
+    cores = available_cores()
+    parser.add_argument("--threads", type=int, default=cores, help=f"for both models (default {cores})")
+    parser.add_argument(
+        "--passages", type=int, metavar="N", help="index only the first N passages (default: all)"
+    )
+    parser.add_argument(
+        "--show", type=int, default=4, metavar="N", help="print the answers to N questions (default 4)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Embed, search, print answers and the table."""
+    require("torch", extra="demo", purpose="halfbyte demo")
+    require("tqdm", extra="demo", purpose="halfbyte demo")
+    with thread_counts(args.threads):
+        return _compare(args)
+
+
+def _compare(args: argparse.Namespace) -> int:
+    import halfbyte as hb
+
+    base, tokenizer = minilm.load()
+    models = {_FLOAT: base, _OURS: hb.quantize_(copy.deepcopy(base), _SCHEME)}
+    passages = minilm.passages()[: args.passages]
+    texts = [text for _, text in passages]
+    print(
+        f"{minilm.NAME} reads Python's documentation: {len(texts)} passages, {args.threads} threads, "
+        f"{kernel_name(_SCHEME)}\n"
+    )
+    vectors, seconds = _embed_both(models, tokenizer, texts)
+    queries = {name: minilm.embed_texts(model, tokenizer, _QUESTIONS) for name, model in models.items()}
+    hits = {name: (queries[name] @ vectors[name].T).topk(min(_TOP, len(texts)), dim=1) for name in models}
+    for index, question in enumerate(_QUESTIONS[: args.show]):
+        _print_answers(
+            question, passages, {name: (h.values[index], h.indices[index]) for name, h in hits.items()}
+        )
+    print(_table(models, vectors, seconds, hits))
+    return 0
+
+
+def _embed_both(models: dict, tokenizer, texts: list[str]) -> tuple[dict, dict[str, list[float]]]:
+    """Embeddings of all texts and seconds per batch; both models take each batch, first in turn."""
+    import torch
+    from tqdm import tqdm
+
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # similar lengths together: little padding
+    batches = [order[start : start + _BATCH] for start in range(0, len(order), _BATCH)]
+    vectors = {name: [None] * len(texts) for name in models}
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    with torch.inference_mode():
+        warm_up = minilm.tokenize(tokenizer, [texts[i] for i in batches[len(batches) // 2]])
+        for model in models.values():
+            minilm.embed(model, warm_up)
+        for number, batch in enumerate(tqdm(batches, desc="embedding with both", unit="batch")):
+            inputs = minilm.tokenize(tokenizer, [texts[i] for i in batch])
+            for name in list(models)[:: 1 if number % 2 else -1]:
+                start = time.perf_counter()
+                rows = minilm.embed(models[name], inputs)
+                seconds[name].append(time.perf_counter() - start)
+                for i, row in zip(batch, rows, strict=True):
+                    vectors[name][i] = row
+    return {name: torch.stack(rows) for name, rows in vectors.items()}, seconds
+
+
+def _print_answers(question: str, passages: list[tuple[str, str]], best: dict) -> None:
+    print(f"Q: {question}")
+    for name, (scores, indices) in best.items():
+        topic, text = passages[int(indices[0])]
+        snippet = textwrap.shorten(text, width=160, placeholder=" ...")
+        print(
+            textwrap.fill(
+                f"{name:>8} {float(scores[0]):.3f} [{topic}] {snippet}", 100, subsequent_indent=" " * 9
+            )
+        )
+    print()
+
+
+def _table(models: dict, vectors: dict, seconds: dict[str, list[float]], hits: dict) -> str:
+    cosine = (vectors[_FLOAT] * vectors[_OURS]).sum(1)
+    ratio = statistics.median(f / q for f, q in zip(seconds[_FLOAT], seconds[_OURS], strict=True))
+    found = {name: h.indices.tolist() for name, h in hits.items()}
+    pairs = list(zip(found[_FLOAT], found[_OURS], strict=True))
+    same_first = sum(a[0] == b[0] for a, b in pairs)
+    shared = sum(len(set(a) & set(b)) for a, b in pairs)
+    total = sum(len(a) for a, _ in pairs)
+    sizes = {name: minilm.byte_count(model) for name, model in models.items()}
+    embedding = sum(p.numel() * p.element_size() for p in models[_FLOAT].embeddings.parameters())
+    return text_table(
+        ["", _FLOAT, _OURS, "comparison"],
+        [
+            [
+                f"ms per batch of {_BATCH}, median",
+                *(f"{statistics.median(seconds[n]) * 1e3:.1f}" for n in models),
+                f"{ratio:.2f}x faster (median over batches)",
+            ],
+            ["all passages, seconds", *(f"{sum(seconds[n]):.1f}" for n in models), ""],
+            [
+                "model bytes", *(mebibytes(sizes[n]) for n in models),
+                f"{sizes[_FLOAT] / sizes[_OURS]:.2f}x smaller",
+            ],
+            [
+                "  without the float embeddings", *(mebibytes(sizes[n] - embedding) for n in models),
+                f"{(sizes[_FLOAT] - embedding) / (sizes[_OURS] - embedding):.2f}x smaller",
+            ],
+            ["cosine of embeddings", "", "", f"min {cosine.min():.4f}, mean {cosine.mean():.4f}"],
+            ["same best passage", "", "", f"{same_first} of {len(pairs)} questions"],
+            [f"same among the top {len(pairs[0][0])}", "", "", f"{shared} of {total} passages"],
+        ],
+    )  # fmt: skip

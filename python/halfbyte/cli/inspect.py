@@ -1,0 +1,100 @@
+"""`halfbyte inspect DIR`: what a saved model holds, checked and read without building it or torch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from .. import manifest
+from ..errors import FormatError
+from ..tables import mebibytes, text_table
+
+_BUFFERS = ("weight_codes", "weight_scale", "bias", "input_scale", "input_zero")
+_FLOAT_BYTES = 4  # the layers were float32 before
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `halfbyte inspect`."""
+    parser.add_argument("directory", type=Path, help="a directory written by halfbyte.save")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check the files and print what they hold; a damaged one is an error."""
+    found = examine(args.directory)
+    print(json.dumps(found, indent=1) if args.json else _text(found))
+    return 0
+
+
+def examine(directory: Path) -> dict:
+    """The manifest and the sizes of the tensors, as plain JSON values; FormatError for damaged files."""
+    saved = manifest.read(directory)
+    manifest.check_weights(saved)
+    tensors = _tensor_bytes(saved.weights)
+    layers = []
+    for name, entry in saved.layers.items():
+        prefix = f"{name}." if name else ""
+        layers.append(
+            {
+                "name": name,
+                "in": entry.in_,
+                "out": entry.out,
+                "scheme": str(entry.scheme),
+                "bias": entry.bias,
+                "activation": entry.activation,
+                "static": entry.static,
+                "bytes": sum(tensors.get(prefix + buffer, 0) for buffer in _BUFFERS),
+                "float_bytes": _FLOAT_BYTES * entry.out * (entry.in_ + entry.bias),
+            }
+        )
+    return {
+        "directory": str(directory),
+        "halfbyte_version": saved.halfbyte_version,
+        "file": saved.file,
+        "bytes": saved.nbytes,
+        "sha256": saved.sha256,
+        "layers": layers,
+        "tensors": len(tensors),
+        "shared": saved.aliases,
+    }
+
+
+def _tensor_bytes(path: Path) -> dict[str, int]:
+    """Tensor name -> bytes, from the header of a safetensors file: a 64-bit length, then JSON."""
+    try:
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        header.pop("__metadata__", None)
+        return {
+            name: end - begin for name, (begin, end) in ((n, e["data_offsets"]) for n, e in header.items())
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FormatError(f"{path} is no safetensors file ({error}); save the model again") from None
+
+
+def _text(found: dict) -> str:
+    layers = found["layers"]
+    rows = [
+        [
+            layer["name"] or "(the model)",
+            f"{layer['in']} -> {layer['out']}",
+            layer["scheme"],
+            "bias" if layer["bias"] else "-",
+            layer["activation"],
+            "fixed scale" if layer["static"] else "per token",
+            mebibytes(layer["bytes"]),
+        ]
+        for layer in layers
+    ]
+    quantized, before = (sum(layer[key] for layer in layers) for key in ("bytes", "float_bytes"))
+    return "\n\n".join(
+        [
+            f"{found['directory']}: written by halfbyte {found['halfbyte_version']}\n"
+            f"{found['file']}: {mebibytes(found['bytes'])}, {found['tensors']} tensors, SHA-256 as saved",
+            text_table(["layer", "in -> out", "scheme", "bias", "activation", "input codes", "size"], rows),
+            f"{len(layers)} quantized layers: {mebibytes(quantized)}, as float32 {mebibytes(before)}; "
+            f"the rest of the file {mebibytes(found['bytes'] - quantized)}; "
+            f"{len(found['shared'])} names share a tensor.",
+        ]
+    )

@@ -1,0 +1,183 @@
+"""QuantizedTensor: integer codes, scales and their scheme, the same on every machine, made from floats."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from . import _core
+from .arrays import Array, check_kind, float_code, kind_of
+from .errors import DTypeError, NonFiniteError, ShapeError
+from .scheme import Scheme
+
+K_MAX = (
+    65792  # floor((2^31 - 1) / (255 * 128)): more products of two codes could overflow the int32 accumulator
+)
+TINY = 2.0**-100  # a scale below this counts as zero: its inverse would leave float32
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class QuantizedTensor:
+    """A weight matrix [n, k] as codes int8 [n, k] and scale float32 [n], with `weight ~ codes * scale[:,
+    None]`.
+
+    The arrays are both numpy or both torch. This is what is saved, loaded and compared; `pack` makes of it
+    what the kernels read.
+    """
+
+    codes: Array
+    scale: Array
+    scheme: Scheme
+
+    def __post_init__(self) -> None:
+        kind = kind_of(self.codes, "codes")
+        check_kind(kind, self.scale, "scale", "codes")
+        for what, array, dtype in (("codes", self.codes, kind.int8), ("scale", self.scale, kind.float32)):
+            if array.dtype != dtype:
+                raise DTypeError(f"{what} has the dtype {array.dtype}; it must be {dtype}")
+        if self.codes.ndim != 2 or tuple(self.scale.shape) != tuple(self.codes.shape[:1]):
+            raise ShapeError(
+                f"codes {tuple(self.codes.shape)} and scale {tuple(self.scale.shape)} do not fit: "
+                "they must be [n, k] and [n]"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n, k): output channels, input features."""
+        return tuple(self.codes.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        return self.codes.nbytes + self.scale.nbytes
+
+    def dequantize(self) -> Array:
+        """The weight that the codes stand for: float32 [n, k]."""
+        kind = kind_of(self.codes, "codes")
+        return kind.cast(self.codes, kind.float32) * self.scale[:, None]
+
+    def __repr__(self) -> str:
+        n, k = self.shape
+        return f"QuantizedTensor({n}x{k}, scheme={self.scheme}, nbytes={self.nbytes})"
+
+
+class RowQuantized(NamedTuple):
+    """Rows x [m, k] as codes: `x ~ (codes - zero[:, None]) * scale[:, None]`."""
+
+    codes: Array  # int8 [m, k]
+    scale: Array  # float32 [m]
+    zero: Array  # int32 [m]
+    sums: Array  # int32 [m], the sum of each row's codes
+
+
+def quantize(weight: Array, scheme: str | Scheme = "w8a8", *, name: str = "weight") -> QuantizedTensor:
+    """Quantize a weight matrix: symmetric int8 per output channel, `scale = max|w| / 127`, round half to
+    even.
+
+    weight: [n, k], float32, float16 or (torch) bfloat16, any strides. The error of each element is at most
+    scale/2 * (1 + 2^-20), and zero stays zero. `name` is what errors call the weight.
+
+    Raises SchemeError, DTypeError (TypeError), DeviceError, ShapeError and NonFiniteError (ValueError).
+    """
+    scheme = Scheme.parse(scheme)
+    if min(_matrix_shape(weight, name)) == 0:
+        raise ShapeError(f"{name} has the shape {tuple(weight.shape)}: there is nothing in it to quantize")
+    rows = _quantize_rows(weight, name, symmetric=True)
+    finite = np.isfinite(np.asarray(rows.scale))
+    if not finite.all():
+        raise non_finite(name, int(finite.argmin()))
+    return QuantizedTensor(rows.codes, rows.scale, scheme)
+
+
+def dequantize(q: QuantizedTensor) -> Array:
+    """The float32 [n, k] weight that `q` stands for, of the same kind (numpy or torch)."""
+    return q.dequantize()
+
+
+def quantize_rows(
+    x: Array, *, scale: float | None = None, zero: int | None = None, symmetric: bool = False
+) -> RowQuantized:
+    """Quantize each row of x [m, k] to int8, as `linear` does with its activations.
+
+    Asymmetric per row by default (`scale = (max(x, 0) - min(x, 0)) / 255`); `symmetric=True` is the formula
+    of the weights (`scale = max|x| / 127`, zero 0); `scale` and `zero` given fix both for all rows. A row
+    that holds a NaN or an infinity gets scale NaN and codes 0.
+
+    x: float32, float16 or (torch) bfloat16, any strides. Raises DTypeError, DeviceError, ShapeError,
+    ValueError.
+    """
+    if (scale is None) != (zero is None):
+        raise ValueError("quantize_rows: give scale and zero together, or neither")
+    if scale is not None and symmetric:
+        raise ValueError("quantize_rows: a given scale and zero leave nothing for symmetric=True to decide")
+    return _quantize_rows(x, "x", symmetric=symmetric, static=None if scale is None else (scale, zero))
+
+
+def check_static(static: tuple[float, int]) -> tuple[float, int]:
+    """(scale, zero) of a static quantization as Python numbers, or ValueError."""
+    try:
+        scale, zero = static
+        scale, exact = float(np.float32(float(scale))), float(zero)
+    except (TypeError, ValueError):
+        raise ValueError(f"static must be a pair of numbers (scale, zero), not {static!r}") from None
+    if not (math.isfinite(scale) and scale >= TINY):
+        raise ValueError(f"the static scale is {static[0]}; it must be a finite float32 of at least 2^-100")
+    if exact not in range(-128, 128):
+        raise ValueError(f"the static zero point is {zero}; it must be an integer from -128 to 127")
+    return scale, int(exact)
+
+
+def non_finite(name: str, row: int) -> NonFiniteError:
+    return NonFiniteError(
+        f"{name} holds a NaN or an infinity, first in row {row}; repair the weight, or exclude the "
+        "layer from quantization"
+    )
+
+
+def _matrix_shape(x: Array, what: str) -> tuple[int, int]:
+    kind_of(x, what)
+    if x.ndim != 2:
+        raise ShapeError(f"{what} has the shape {tuple(x.shape)}; it must be a matrix [rows, k]")
+    if x.shape[1] > K_MAX:
+        raise ShapeError(
+            f"{what} has rows of {x.shape[1]} elements; the int32 accumulator is exact up to {K_MAX}"
+        )
+    return tuple(x.shape)
+
+
+def _quantize_rows(
+    x: Array, what: str, *, symmetric: bool, static: tuple[float, int] | None = None
+) -> RowQuantized:
+    kind = kind_of(x, what)
+    code = float_code(kind, x.dtype, what)
+    m, k = _matrix_shape(x, what)
+    if k == 0:
+        raise ShapeError(f"{what} has rows of no elements; k must be at least 1")
+    static_scale, static_zero = check_static(static) if static else (0.0, 0)
+    rows, ld = kind.rows(x, k)
+    out = RowQuantized(
+        kind.empty((m, k), kind.int8),
+        kind.empty((m,), kind.float32),
+        kind.empty((m,), kind.int32),
+        kind.empty((m,), kind.int32),
+    )
+    _core.quantize_rows(
+        m,
+        k,
+        kind.pointer(rows),
+        ld,
+        code,
+        kind.pointer(out.codes),
+        k,
+        kind.pointer(out.scale),
+        kind.pointer(out.zero),
+        kind.pointer(out.sums),
+        symmetric,
+        static_scale,
+        static_zero,
+        kind.threads(),
+    )
+    return out

@@ -1,0 +1,43 @@
+"""What `layer.weight` of a quantized layer is: the float weight, made only when it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+if TYPE_CHECKING:
+    from .qlinear import QLinear
+
+
+class WeightView:
+    """Stands for the dequantized weight [n, k] of a QLinear.
+
+    Models read `layer.weight.dtype` or `.device` to prepare inputs, which costs nothing here; a torch
+    function that is called with this object gets the dequantized float32 tensor. Code that would hand the
+    weight to a fused float kernel, such as nn.TransformerEncoderLayer, sees that this is no plain tensor and
+    calls the layer instead.
+    """
+
+    requires_grad = False
+
+    def __init__(self, layer: QLinear):
+        self._layer = layer
+        self.shape = layer.weight_codes.shape
+        self.device = layer.weight_codes.device
+        self.dtype = layer.float_dtype
+
+    def dequantize(self) -> Tensor:
+        """The weight as a tensor of its own, float32."""
+        return self._layer.quantized.dequantize()
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        args, kwargs = tree_map(
+            lambda a: a.dequantize().to(a.dtype) if isinstance(a, cls) else a, (args, kwargs or {})
+        )
+        return func(*args, **kwargs)

@@ -1,0 +1,31 @@
+"""Fixtures of the whole suite: a fixed seed for every test, and no forced ISA left behind by one."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test starts from the same random state, whatever ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    try:
+        import torch
+    except ImportError:
+        return
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def isa_restored():
+    """A test that forces an ISA and fails must not decide what the next one runs."""
+    from halfbyte import _core
+
+    previous = _core.force_isa(None)
+    _core.force_isa(previous)
+    yield
+    _core.force_isa(previous)

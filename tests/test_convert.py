@@ -1,0 +1,376 @@
+"""quantize_ and quantize_dynamic: which layers, ties, reports, and a model left whole by every failure."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+import halfbyte as hb
+from corecall import same
+from halfbyte.reference import linear_w8a8_ref
+
+
+class Block(nn.Module):
+    def __init__(self, width=16):
+        super().__init__()
+        self.up, self.act, self.down = (
+            nn.Linear(width, 2 * width),
+            nn.ReLU(),
+            nn.Linear(2 * width, width, bias=False),
+        )
+
+    def forward(self, x):
+        return x + self.down(self.act(self.up(x)))
+
+
+class Model(nn.Module):
+    def __init__(self, blocks=3):
+        super().__init__()
+        self.embed = nn.Embedding(10, 16)
+        self.blocks = nn.ModuleList(Block() for _ in range(blocks))
+        self.norm = nn.LayerNorm(16)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+TOKENS = torch.tensor([[1, 2, 3], [4, 5, 6]])
+
+
+def quantized(model):
+    return {name for name, module in model.named_modules() if isinstance(module, hb.QLinear)}
+
+
+def report(model):
+    return {row["name"]: (row["action"], row["reason"]) for row in model._halfbyte_report}
+
+
+def snapshot(model):
+    return (
+        [(name, type(m), id(m)) for name, m in model.named_modules()],
+        {k: v.clone() if not v.is_meta else v for k, v in model.state_dict().items()},
+    )
+
+
+def assert_untouched(model, before):
+    modules, state = snapshot(model)
+    assert modules == before[0] and list(state) == list(before[1])
+    for name, value in state.items():
+        if not value.is_meta:
+            assert torch.equal(value.nan_to_num(99), before[1][name].nan_to_num(99)), name
+    assert not hasattr(model, "_halfbyte_report")
+
+
+def test_all_linear_layers():
+    model = Model().eval()
+    twin = copy.deepcopy(model)
+    assert hb.quantize_(model) is model
+    assert quantized(model) == {"head"} | {f"blocks.{i}.{n}" for i in range(3) for n in ("up", "down")}
+    for name in quantized(model):
+        new, old = model.get_submodule(name), twin.get_submodule(name)
+        q = hb.quantize(old.weight)
+        assert torch.equal(new.weight_codes, q.codes) and torch.equal(new.weight_scale, q.scale)
+        assert (new.bias is None) == (old.bias is None) and not new.training
+        x = torch.randn(2, new.in_features)
+        same(new(x), linear_w8a8_ref(x, q.codes, q.scale, old.bias))
+    y, exact = model(TOKENS), twin(TOKENS)
+    assert nn.functional.cosine_similarity(y.flatten(), exact.flatten(), dim=0) > 0.999
+    rows = {row["name"]: row for row in model._halfbyte_report}
+    assert rows["blocks.0.up"] == {
+        "name": "blocks.0.up",
+        "shape": (32, 16),
+        "action": "quantized",
+        "reason": "",
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models(dtype):
+    model = hb.quantize_(nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)).to(dtype))
+    assert model(torch.randn(3, 16, dtype=dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("scheme", "options", "expected"),
+    [
+        ("w8a8", {"include": "head"}, {"head"}),
+        ("w8a8", {"include": ["*.up", "head"]}, {"blocks.0.up", "blocks.1.up", "head"}),
+        ("w8a8", {"exclude": ["*.up", "re:bl.*down"]}, {"head"}),
+        ("w8a8", {"include": "blocks.*", "exclude": "*.1.*"}, {"blocks.0.up", "blocks.0.down"}),
+        ("w8a8", {"include": r"re:blocks\.[1-9]\..*"}, {"blocks.1.up", "blocks.1.down"}),
+        (hb.Scheme(8, 8), {"include": "head"}, {"head"}),
+        ({"head": "w8a8"}, {}, {"head"}),
+        ({"*.up": None, "_default": "w8a8"}, {}, {"blocks.0.down", "blocks.1.down", "head"}),
+        (
+            {"*.0.up": "w8a8", "*.up": None, "*.down": hb.Scheme(8, 8)},
+            {},
+            {"blocks.0.up", "blocks.0.down", "blocks.1.down"},
+        ),
+        ({"*.up": "w8a8", "_default": None}, {"exclude": "*.0.*"}, {"blocks.1.up"}),
+    ],
+)
+def test_choosing_layers(scheme, options, expected):
+    model = hb.quantize_(Model(blocks=2), scheme, **options)
+    assert quantized(model) == expected
+    assert {name for name, (action, _) in report(model).items() if action == "quantized"} == expected
+    assert all(reason for action, reason in report(model).values() if action == "float")
+
+
+def test_a_pattern_that_fits_nothing_is_warned_of():
+    with pytest.warns(UserWarning, match=r"fits '\*\.mpl\.\*', 're:x'"):
+        hb.quantize_(Model(1), {"*.mpl.*": None, "_default": "w8a8"}, exclude="re:x")
+
+
+def test_the_model_itself_is_a_linear():
+    linear = nn.Linear(6, 4)
+    layer = hb.quantize_(linear)
+    assert isinstance(layer, hb.QLinear) and isinstance(linear, nn.Linear)
+    assert report(layer) == {"": ("quantized", "")}
+
+
+class Special(nn.Linear):
+    pass
+
+
+def test_what_stays_float_is_told_why():
+    model = nn.ModuleDict({"plain": nn.Linear(4, 4), "special": Special(4, 4), "normed": nn.Linear(4, 4),
+                           "hooked": nn.Linear(4, 4), "patched": nn.Linear(4, 4), "out": nn.Linear(4, 4),
+                           "parametrized": nn.Linear(4, 4)})  # fmt: skip
+    with pytest.warns(FutureWarning):
+        nn.utils.weight_norm(model["normed"])
+    nn.utils.parametrizations.orthogonal(model["parametrized"])
+    model["hooked"].register_forward_hook(lambda *_: None)
+    model["patched"].forward = lambda x: x
+    hb.quantize_(model, exclude="out")
+    assert quantized(model) == {"plain"}
+    reasons = {name: reason for name, (_, reason) in report(model).items()}
+    for name, says in {
+        "special": "subclass",
+        "normed": "weight_norm",
+        "hooked": "hooks",
+        "patched": "forward was replaced",
+        "out": "excluded",
+        "parametrized": "ParametrizedLinear",
+    }.items():
+        assert says in reasons[name]
+
+
+def test_a_second_call_adds_layers():
+    model = hb.quantize_(Model(1), include="head")
+    head = model.head
+    hb.quantize_(model)
+    assert model.head is head and quantized(model) == {"head", "blocks.0.up", "blocks.0.down"}
+    assert report(model)["head"] == ("quantized", "was quantized before")
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "says"),
+    [
+        (nn.Sequential(nn.Conv2d(3, 3, 3)), {}, "no nn.Linear"),
+        (Model(1), {"exclude": "*"}, "head: excluded"),
+        (Special(3, 3), {}, "the model itself: Special is a subclass"),
+    ],
+)
+def test_nothing_to_quantize(model, options, says):
+    before = snapshot(model)
+    with pytest.raises(hb.ModelError, match=says):
+        hb.quantize_(model, **options)
+    assert_untouched(model, before)
+
+
+def test_a_shared_module_is_replaced_everywhere():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    model.append(model[0])
+    hb.quantize_(model)
+    assert isinstance(model[0], hb.QLinear) and model[2] is model[0]
+
+
+def test_tied_linears_share_their_codes():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    hb.quantize_(model)
+    assert model[0].weight_codes is model[2].weight_codes and model[0].weight_scale is model[2].weight_scale
+    assert model[0].weight_codes is not model[3].weight_codes
+    x = torch.randn(2, 4)
+    for layer in (model[0], model[2]):
+        same(layer(x), linear_w8a8_ref(x, layer.weight_codes, layer.weight_scale, layer.bias))
+    assert model[0]._plan[-3] is model[2]._plan[-3]
+
+
+def tied():
+    model = Model(1)
+    model.head.weight = model.embed.weight
+    return model
+
+
+def test_a_weight_tied_to_an_embedding_stays_float():
+    model = hb.quantize_(tied())
+    assert type(model.head) is nn.Linear and model.head.weight is model.embed.weight
+    assert report(model)["head"] == ("float", "shares its weight with embed, which stays float")
+
+
+@pytest.mark.parametrize("options", [{"include": ["head"]}, {"scheme": {"head": "w8a8"}}])
+def test_unless_it_is_asked_for(options):
+    model = tied()
+    weight = model.embed.weight.detach().clone()
+    hb.quantize_(model, **options)
+    assert isinstance(model.head, hb.QLinear)
+    assert report(model)["head"] == ("quantized", "no longer shares its weight with embed")
+    same(model.embed.weight.detach(), weight)
+
+
+def test_tied_to_an_excluded_linear():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    hb.quantize_(model, exclude="0")
+    assert quantized(model) == {"2"} and "shares its weight with 0" in report(model)["1"][1]
+
+
+def bad_nan(model):
+    model.blocks[2].down.weight.data[3, 5] = torch.nan
+
+
+def bad_meta(model):
+    model.blocks[2].down.to("meta")
+
+
+def bad_dtype(model):
+    model.blocks[2].down.double()
+
+
+def bad_empty(model):
+    model.blocks[2].down = nn.Linear(0, 16)
+
+
+def bad_bias(model):
+    model.blocks[2].down.bias = nn.Parameter(torch.zeros(16, dtype=torch.complex64))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "says"),
+    [
+        (bad_nan, hb.NonFiniteError, r"blocks\.2\.down\.weight .*row 3"),
+        (bad_meta, hb.DeviceError, r"blocks\.2\.down\.weight is on the meta device"),
+        (bad_dtype, hb.DTypeError, r"blocks\.2\.down\.weight has the dtype torch.float64"),
+        (bad_empty, hb.ShapeError, r"blocks\.2\.down\.weight has the shape \(16, 0\)"),
+        (bad_bias, hb.DTypeError, r"blocks\.2\.down\.bias has the dtype"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_a_bad_layer_leaves_the_model_as_it_was(spoil, error, says):
+    model = Model()
+    spoil(model)
+    before = snapshot(model)
+    with pytest.raises(error, match=says):
+        hb.quantize_(model)
+    assert_untouched(model, before)
+    hb.quantize_(model, exclude="blocks.2.down")
+    assert "blocks.2.down" not in quantized(model)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"scheme": "w9a9"}, hb.SchemeError, "w9a9"),
+        ({"scheme": {"head": "w9a9", "_default": "w8a8"}}, hb.SchemeError, "w9a9"),
+        ({"include": "re:("}, ValueError, "'re:\\('"),
+    ],
+)
+def test_bad_arguments_leave_the_model_as_it_was(options, error, says):
+    model = Model()
+    before = snapshot(model)
+    with pytest.raises(error, match=says):
+        hb.quantize_(model, **options)
+    assert_untouched(model, before)
+
+
+def test_float_weights_are_released_as_layers_are_replaced(monkeypatch):
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(6)))
+    weights = [weakref.ref(layer.weight) for layer in model]
+    alive = []
+    quantize = hb.quantize
+
+    def watched(*args, **kwargs):
+        gc.collect()
+        alive.append(sum(ref() is not None for ref in weights))
+        return quantize(*args, **kwargs)
+
+    monkeypatch.setattr("halfbyte.convert.quantize", watched)
+    hb.quantize_(model)
+    assert alive == [6, 5, 4, 3, 2, 1] and not any(ref() is not None for ref in weights)
+
+
+def test_conv1d_of_transformers():
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    model = nn.Sequential(conv1d(24, 16), nn.GELU(), conv1d(8, 24))
+    nn.init.normal_(model[0].bias)
+    twin = copy.deepcopy(model)
+    hb.quantize_(model)
+    assert quantized(model) == {"0", "2"} and (model[0].in_features, model[0].out_features) == (16, 24)
+    q, x = hb.quantize(twin[0].weight.t()), torch.randn(5, 16)
+    assert model._halfbyte_report[0]["shape"] == (24, 16)
+    same(model[0](x), linear_w8a8_ref(x, q.codes, q.scale, twin[0].bias))
+    assert (model(x) - twin(x)).abs().max() < 0.02
+
+
+def test_gpt2_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=50, n_positions=16, n_embd=32, n_layer=2, n_head=2)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    ids = torch.randint(0, 50, (2, 9))
+    with torch.no_grad():
+        exact = model(ids).logits
+        hb.quantize_(model)
+        y = model(ids).logits
+    assert len(quantized(model)) == 8 and type(model.lm_head) is nn.Linear
+    assert "shares its weight with transformer.wte" in report(model)["lm_head"][1]
+    assert nn.functional.cosine_similarity(y.flatten(), exact.flatten(), dim=0) > 0.999
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+def test_transformer_encoder_of_torch(mode):
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 2).eval()
+    x = torch.randn(2, 7, 32)
+    with mode():
+        exact = encoder(x)
+        hb.quantize_(encoder)
+        ran = []
+        encoder.layers[1].linear2.register_forward_hook(lambda *_: ran.append(1))
+        y = encoder(x)
+    assert quantized(encoder) == {f"layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)}
+    assert nn.functional.cosine_similarity(y.flatten(), exact.flatten(), dim=0) > 0.999 and ran
+
+
+def test_quantize_dynamic_is_a_drop_in():
+    model = Model(1)
+    before = snapshot(model)
+    copied = hb.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    assert_untouched(model, before)
+    assert quantized(copied) == {"head", "blocks.0.up", "blocks.0.down"}
+    assert quantized(hb.quantize_dynamic(model)) == quantized(copied)
+    assert quantized(hb.quantize_dynamic(model, {"blocks.0"})) == {"blocks.0.up", "blocks.0.down"}
+    assert quantized(hb.quantize_dynamic(model, ["head"])) == {"head"}
+    assert hb.quantize_dynamic(model, {nn.Linear}, inplace=True) is model and quantized(model)
+
+
+def test_quantize_dynamic_refuses_what_it_cannot_do():
+    model = Model(1)
+    before = snapshot(model)
+    with pytest.raises(TypeError, match="pattern: scheme"):
+        hb.quantize_dynamic(model, {nn.Linear: None})
+    with pytest.raises(TypeError, match="float16"):
+        hb.quantize_dynamic(model, dtype=torch.float16)
+    with pytest.raises(TypeError, match="neither a module type"):
+        hb.quantize_dynamic(model, {3})
+    with pytest.warns(UserWarning, match="LSTM stay float"):
+        hb.quantize_dynamic(model, {nn.Linear, nn.LSTM})
+    assert_untouched(model, before)
