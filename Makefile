@@ -3,7 +3,7 @@
 PYTHON  ?= python3
 VENV    ?= .venv
 PY      := $(VENV)/bin/python
-PIP     := $(PY) -m pip --disable-pip-version-check install --quiet -c constraints.txt
+PIP     := $(PY) -m pip --disable-pip-version-check install --quiet --quiet -c constraints.txt
 CMAKE   := $(VENV)/bin/cmake
 NINJA   := $(CURDIR)/$(VENV)/bin/ninja
 WHEEL   := build/wheel

@@ -1,4 +1,4 @@
-"""CMake builds of the C++ part for tests that need more than the installed extension; cmake and ninja from pip."""
+"""CMake builds of the C++ part, for tests that need more than the installed extension."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def need_compiler() -> None:
-    """Skips the calling test where nothing can be built: no C++ compiler, or no cmake and ninja in this Python."""
+    """Skips the calling test where nothing can be built: no C++ compiler, or no cmake and ninja from pip."""
     if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
         pytest.skip("no C++ compiler")
     for module in ("cmake", "ninja", "pybind11"):

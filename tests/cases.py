@@ -1,8 +1,8 @@
 """The shape list: every case that every kernel of every op must get right, and how its numbers are made.
 
-Tiles have MR = 4, 6, 12, 32 or 48 rows and NR = 32 columns, up to four of them side by side for few rows; codes are
-consumed in quads along K, and 64 make a 512-bit vector or a row of an AMX tile. Sizes sit on both sides of each of
-these and of their multiples.
+Tiles have MR = 4, 6, 12, 32 or 48 rows and NR = 32 columns, up to four of them side by side for few rows;
+codes are consumed in quads along K, 64 make a 512-bit vector or a row of an AMX tile, AVX2 walks K in steps
+of 512. Sizes sit on both sides of each of these and of their multiples.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ AROUND_K = (
     1001,
 )
 
-# dense: aligned, rows touch. padded: leading dimensions larger than the row. unaligned: the first element is one
-# element past a 64-byte boundary. Both: odd leading dimension and odd start.
+# dense: aligned, rows touch. padded: leading dimensions larger than the row. unaligned: the first element is
+# one element past a 64-byte boundary. both: padded and unaligned.
 LAYOUTS = ("dense", "padded", "unaligned", "both")
 
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
@@ -121,8 +121,8 @@ def _mixed(m: int, k: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _ties(m: int, k: int, rng: np.random.Generator) -> np.ndarray:
-    # Each row spans exactly 255 steps of 2^-5 (or 254 of them around zero), so that scale and its inverse are exact
-    # and every other value lies halfway between two codes.
+    # Each row spans 255 steps of 2^-5 (or 254 of them around zero), so that scale and its inverse are nearly
+    # exact and the values lie halfway between two codes.
     x = (rng.integers(-127, 127, (m, k)) + 0.5) * 2.0**-5
     if k:
         x[:, 0], x[:, -1] = -127 * 2.0**-5, 127 * 2.0**-5
@@ -167,7 +167,7 @@ def fill_rows(kind: str, m: int, k: int, rng: np.random.Generator) -> np.ndarray
 
 
 def fill_codes(kind: str, n: int, k: int, rng: np.random.Generator) -> np.ndarray:
-    """int8 [n, k] weight codes of the named kind; -128 never comes out of quantize() but must not break a kernel."""
+    """int8 [n, k] weight codes of the named kind; -128, which quantize() never gives, must work too."""
     makers = {
         "normal": lambda: np.clip(np.rint(rng.standard_normal((n, k)) * 40), -127, 127),
         "full": lambda: rng.integers(-128, 128, (n, k)),
@@ -277,7 +277,7 @@ def _rows_cases() -> list[Rows]:
 
 LINEAR = _linear_cases()
 ROWS = _rows_cases()
-# The epilogue does not depend on K: a whole tile, an edge in both directions, and a single row are enough for it.
+# The epilogue does not depend on K: a whole tile, an edge in both directions, and a single row are enough.
 EPILOGUE = [
     Linear(1, 33, 40, "normal", "full"),
     Linear(MR, NR, KV, "mixed", "full"),

@@ -1,4 +1,4 @@
-"""Calls of halfbyte._core with operands placed in guarded memory: any layout, and every stray write is seen."""
+"""Calls of halfbyte._core with operands placed in guarded memory: any layout, every stray write is seen."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ GUARD = 64  # elements before and after every operand
 
 
 class Placed:
-    """A matrix [rows, cols] inside a larger buffer whose every other byte is a sentinel (NaN to those who read it)."""
+    """A matrix [rows, cols] in a larger buffer whose other bytes are a sentinel (NaN to a float reader)."""
 
     def __init__(self, rows: int, cols: int, dtype: torch.dtype, layout: str = "dense"):
         pad = 5 if layout in ("padded", "both") else 0
@@ -99,7 +99,7 @@ def linear(
     layout="dense",
     threads=1,
 ) -> torch.Tensor:
-    """y [m,n] of one call of the core; operands are placed as the layout says and the output's surroundings checked."""
+    """y [m,n] of one call of the core, its operands placed as the layout says."""
     m, k = x.shape
     assert k == packed.k
     a, c = place(x, layout), Placed(m, packed.n, out_dtype or x.dtype, layout)

@@ -1,7 +1,7 @@
-"""The package on CPUs this machine is not: qemu runs it as a CPU without AVX, and as one with AVX2 and no more.
+"""The package on CPUs this machine is not: under qemu, without AVX, and with AVX2 and no more.
 
-An instruction that the emulated CPU lacks ends the process, so a pass proves both that common code is built for plain
-x86-64 and that a forced ISA is what really ran.
+An instruction that the emulated CPU lacks ends the process, so a pass proves both that common code is built
+for plain x86-64 and that the kernel chosen is the one that really ran.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Choosing a kernel: fake machines to kernel names, forcing an ISA here and by environment, and errors for others."""
+"""Choosing a kernel: fake machines to kernel names, an ISA forced by call or environment, and the errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from halfbyte import _core
 
 X86 = pytest.mark.skipif("avx2" not in _core.cpu_features(), reason="the golden table is of x86-64")
 
-# What a machine with exactly these instruction sets runs. A faster or renamed kernel changes a line here, knowingly.
+# Machines by the instruction sets they have, and what they run: a new kernel changes a line here, knowingly.
 MACHINES = {
     "any x86-64": ["scalar"],
     "Haswell, Zen 1-3": ["scalar", "avx2"],

@@ -1,5 +1,5 @@
-"""Kernels for instruction sets that this machine lacks: an extension whose AMX and AVX-VNNI bodies run on emulated
-intrinsics is built, and the kernel tests run against it in a process of their own.
+"""Kernels for instruction sets that this machine may lack: the kernel tests, in a process of their own, on an
+extension whose AMX and AVX-VNNI bodies run on emulated intrinsics.
 
 HALFBYTE_EMULATED_CORE names such an extension that is built already.
 """

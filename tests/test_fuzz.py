@@ -1,7 +1,7 @@
-"""10,000 random calls of the public functions and 2,000 damaged files: a right answer or a specific error, no crash.
+"""10,000 random calls and 2,000 damaged files: a right answer or a specific error, never a crash.
 
-HALFBYTE_FUZZ_SEED and HALFBYTE_FUZZ_CALLS change where it starts and how long it runs; a failure prints the seed of its
-call, so that one call can be repeated alone (HALFBYTE_FUZZ_SEED=<seed> HALFBYTE_FUZZ_CALLS=1).
+HALFBYTE_FUZZ_SEED and HALFBYTE_FUZZ_CALLS change where it starts and how long it runs; a failure prints the
+seed of its call, so that it can be repeated alone (HALFBYTE_FUZZ_SEED=<seed> HALFBYTE_FUZZ_CALLS=1).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ KINDS = ("normal", "onesided", "constant", "zeros", "outlier", "huge", "tiny", "
 
 
 def size(rng: np.random.Generator, largest: int) -> int:
-    """Mostly small, often beside a multiple of a tile edge, sometimes zero, rarely enough for several threads."""
+    """Mostly small, often beside a multiple of a tile edge, sometimes zero, rarely worth several threads."""
     pick = rng.integers(4)
     if rng.random() < 0.04:
         return int(rng.integers(largest, 8 * largest))

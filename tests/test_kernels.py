@@ -1,7 +1,7 @@
 """Every op x every kernel this machine can run x every case of cases.py against the reference.
 
-Integers, and floats without a transcendental activation, agree bit for bit; GELU and SiLU stay within the tolerance that
-csrc/ops/linear_w8a8/op.h derives, measured against float64, and agree bit for bit between kernels.
+Integers, and floats without a transcendental activation, agree bit for bit. GELU and SiLU stay within the
+tolerance of csrc/ops/linear_w8a8/op.h, measured against float64, and agree bit for bit between kernels.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def test_linear_dtypes_and_exact_epilogues(kernel, static, x_dtype, out_dtype):
 
 
 def preactivations() -> torch.Tensor:
-    """float32 values through every regime of the activations: a dense sweep, all magnitudes, special values."""
+    """float32 values through every regime of an activation: a dense sweep, all magnitudes, special values."""
     rng = np.random.default_rng(1)
     sweep = np.linspace(-12, 12, 60000)
     magnitudes = rng.choice([-1.0, 1.0], 20000) * 2.0 ** rng.uniform(-149, 128, 20000)
@@ -238,7 +238,7 @@ def test_quantized_values_are_near(symmetric):
     x[:, 7] = 0
     codes, scale, zero, _ = quantize_rows(x, symmetric=symmetric)
     back = (codes.double() - zero[:, None]) * scale[:, None].double()
-    # A zero point is rounded as well: the end of the range that it moves outside saturates, by less than a code.
+    # A zero point is rounded too: the end of the range that it moves outside saturates, by less than a code.
     bound = scale[:, None].double() * (0.5 if symmetric else 1.0) * (1 + 2.0**-15)
     assert ((back - x.double()).abs() <= bound)[scale != 1].all()
     assert (back[:, 7] == 0).all()

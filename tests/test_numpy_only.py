@@ -1,4 +1,4 @@
-"""halfbyte without torch: a process in which importing torch fails runs the road from quantize to linear on numpy."""
+"""halfbyte without torch: where importing it fails, the road from quantize to linear runs on numpy arrays."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ for m, n, k in ((1, 1, 1), (0, 5, 7), (13, 33, 70), (5, 64, 64), (40, 97, 129)):
     bias, residual = rng.standard_normal(n, np.float32), rng.standard_normal((m, n), np.float32)
     q = hb.quantize(w)
     codes, scale, _ = truth.quantize_weight(w)
-    assert isinstance(q.codes, np.ndarray) and np.array_equal(q.codes, codes) and np.array_equal(q.scale, scale)
+    assert isinstance(q.codes, np.ndarray)
+    assert np.array_equal(q.codes, codes) and np.array_equal(q.scale, scale)
     assert np.array_equal(hb.dequantize(q), codes * scale[:, None])
     rows = hb.quantize_rows(x)
     for got, want in zip((rows.codes, rows.scale, rows.zero, rows.sums), truth.quantize_rows(x)):
@@ -81,12 +82,19 @@ def test_bad_arguments_without_torch():
         BLOCK_TORCH
         + """
 import numpy as np, halfbyte as hb
-p = hb.pack(hb.quantize(np.ones((3, 4), np.float32)))
-for call in (lambda: hb.quantize([[1.0]]), lambda: hb.quantize(np.ones((3, 4))), lambda: hb.quantize(np.ones(3, np.float32)),
-             lambda: hb.quantize(np.full((3, 4), np.nan, np.float32)), lambda: hb.linear(np.ones((2, 5), np.float32), p),
-             lambda: hb.linear(np.ones((2, 4), np.int8), p), lambda: hb.linear(np.ones((2, 4), np.float32), p, np.ones(4)),
-             lambda: hb.quantize(np.ones((3, 4), np.float32), "w9a9"),
-             lambda: hb.linear(np.ones((2, 4), np.float32), p, activation="tanh")):
+w, x = np.ones((3, 4), np.float32), np.ones((2, 4), np.float32)
+p = hb.pack(hb.quantize(w))
+for call in (
+    lambda: hb.quantize([[1.0]]),
+    lambda: hb.quantize(np.ones((3, 4))),
+    lambda: hb.quantize(w[0]),
+    lambda: hb.quantize(np.full_like(w, np.nan)),
+    lambda: hb.quantize(w, "w9a9"),
+    lambda: hb.linear(x[:, 1:], p),
+    lambda: hb.linear(np.ones((2, 4), np.int8), p),
+    lambda: hb.linear(x, p, np.ones(4, np.float32)),
+    lambda: hb.linear(x, p, activation="tanh"),
+):
     try:
         call()
     except (TypeError, ValueError):

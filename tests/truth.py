@@ -12,7 +12,7 @@ TINY = F32(2.0**-100)  # below it a scale is replaced by 1: its inverse would le
 
 
 def quantize_weight(w: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """float [n,k] -> int8 codes [n,k], float32 scale [n], int32 sums [n]; a non-finite row has scale NaN, codes 0."""
+    """float [n,k] -> codes int8 [n,k], scale float32 [n], sums int32 [n]; symmetric, per row."""
     w = np.asarray(w, F32)
     codes, scale = np.zeros(w.shape, np.int8), np.ones(len(w), F32)
     for i, row in enumerate(w):
@@ -26,7 +26,7 @@ def quantize_weight(w: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def quantize_rows(x: np.ndarray, static: tuple[float, int] | None = None):
-    """float [m,k] -> int8 codes [m,k], float32 scale [m], int32 zero [m], int32 sums [m] (asymmetric, per row)."""
+    """float [m,k] -> codes int8 [m,k], scale float32 [m], zero and sums int32 [m]; asymmetric, per row."""
     x = np.asarray(x, F32)
     codes, scale, zero = np.zeros(x.shape, np.int8), np.ones(len(x), F32), np.zeros(len(x), np.int32)
     for i, row in enumerate(x):
@@ -61,7 +61,7 @@ def linear(
     bias: np.ndarray | None = None,
     static: tuple[float, int] | None = None,
 ) -> np.ndarray:
-    """float32 [m,n]: (float32(acc) * scale_w[n]) * scale_x[m] (+ bias[n]), each operation rounded once to float32."""
+    """float32 [m,n]: (float32(acc) * scale_w[n]) * scale_x[m] (+ bias[n]), each step rounded to float32."""
     codes, scale, zero, _ = quantize_rows(x, static)
     with np.errstate(over="ignore"):
         y = (accumulate(codes, zero, codes_w).astype(F32) * scale_w[None, :]) * scale[:, None]

@@ -2,15 +2,17 @@
 //
 //   for each chunk of rows (its codes fit a few MiB, so that any M runs in bounded memory)
 //     quantize the chunk, rows split over the threads          barrier
-//     multiply: tasks of a block of strips x a span of panels, taken by whichever thread is free
+//     multiply: tasks of a block of strips x a span of panels; each thread has its share, then helps the others
 //       for each strip of the block      one tile, then its epilogue while the sums are in L1
 //
 // The codes of a block stay in half of L2 from task to task; a panel comes from L3 or DRAM once per block and from L2
-// for every later strip. Tasks are taken, not dealt out: on a shared machine a core may lose a tenth of its time.
+// for every later strip. The shares are the same in every call, so a small layer's weights and results stay in the L2 of
+// the same core; the helping is for shared machines, where a core may lose a tenth of its time.
 #include "core/driver.h"
 
 #include <algorithm>
 #include <atomic>
+#include <memory>
 
 #include "core/parallel.h"
 
@@ -19,7 +21,8 @@ namespace {
 
 constexpr int64_t chunk_bytes = int64_t{4} << 20;
 constexpr int64_t block_bytes = int64_t{512} << 10;
-constexpr int64_t tasks_per_thread = 16;
+// A task is worth some 12 us (four grains of the kernel): taking one costs a cache line that travels between cores.
+constexpr int64_t task_grains = 4, most_tasks_per_thread = 16;
 
 // The quantized chunk; one per calling thread, kept for the next call.
 struct Workspace {
@@ -43,6 +46,12 @@ struct Piece {
 };
 Piece piece(int64_t total, int64_t index, int64_t parts) { return {total * index / parts, total * (index + 1) / parts}; }
 
+// The tasks of one thread that nobody has taken yet, per turn. Chunks take turns: one counter is set back while the other
+// is in use. On a cache line of its own, which nobody else touches until help is due.
+struct alignas(64) Share {
+  std::atomic<int64_t> taken[2] = {0, 0};
+};
+
 struct Multiplication {
   const GemmKernel& kernel;
   const PackedWeight& packed;
@@ -52,7 +61,7 @@ struct Multiplication {
 
   Piece strip_rows(int64_t index) const;
   void strip(int64_t index, int64_t panel, int panels) const;
-  void run(int threads, std::atomic<int64_t>& next_task) const;
+  void run(const Team& team, Share* shares, int turn) const;
 };
 
 // Nearly equal, in whole row steps: no kernel likes a last strip of one row.
@@ -103,26 +112,33 @@ void Multiplication::strip(int64_t index, int64_t panel, int panels) const {
   kernel.epilogue(e);
 }
 
-void Multiplication::run(int threads, std::atomic<int64_t>& next_task) const {
+void Multiplication::run(const Team& team, Share* shares, int turn) const {
+  const int64_t threads = team.size;
   const int64_t largest = ceil_div(ceil_div(rows, kernel.row_step), strips) * kernel.row_step;
   const int64_t row_bytes = std::max<int64_t>(1, a.ldc * (kernel.wide ? 2 : 1));
   const int64_t widest = std::clamp<int64_t>(kernel.accumulators / largest, 1, max_panels);
   const int64_t group = std::min(widest, ceil_div(packed.panels(), threads));
   const int64_t groups = ceil_div(packed.panels(), group);
-  const int64_t wanted = tasks_per_thread * threads;
+  const int64_t work = rows * packed.n_padded * packed.k_padded / (task_grains * kernel.grain);
+  const int64_t wanted = threads * std::clamp<int64_t>(work / threads, 1, most_tasks_per_thread);
   const int64_t most = std::max<int64_t>(1, strips * groups / wanted);
   const int64_t block = std::clamp<int64_t>(block_bytes / (largest * row_bytes), 1, most);
   const int64_t blocks = ceil_div(strips, block);
   // A task walks neighboring groups: the kernels fetch ahead, and what they fetch should be their own.
-  const int64_t span = std::clamp<int64_t>(groups * blocks / wanted, 1, groups);
+  const int64_t span = std::clamp<int64_t>(ceil_div(groups * blocks, wanted), 1, groups);
   const int64_t spans = ceil_div(groups, span);
-  for (int64_t task; (task = next_task.fetch_add(1, std::memory_order_relaxed)) < blocks * spans;) {
-    const int64_t first = task / spans * block, last = std::min(first + block, strips);
-    const int64_t begin = task % spans * span, end = std::min(begin + span, groups);
-    for (int64_t g = begin; g < end; ++g) {
-      const int64_t panel = g * group;
-      const int count = static_cast<int>(std::min(group, packed.panels() - panel));
-      for (int64_t i = first; i < last; ++i) strip(i, panel, count);
+  for (int helped = 0; helped < team.size; ++helped) {
+    const int owner = (team.rank + helped) % team.size;
+    const Piece share = piece(blocks * spans, owner, threads);
+    std::atomic<int64_t>& taken = shares[owner].taken[turn];
+    for (int64_t task; (task = share.begin + taken.fetch_add(1, std::memory_order_relaxed)) < share.end;) {
+      const int64_t first = task / spans * block, last = std::min(first + block, strips);
+      const int64_t begin = task % spans * span, end = std::min(begin + span, groups);
+      for (int64_t g = begin; g < end; ++g) {
+        const int64_t panel = g * group;
+        const int count = static_cast<int>(std::min(group, packed.panels() - panel));
+        for (int64_t i = first; i < last; ++i) strip(i, panel, count);
+      }
     }
   }
 }
@@ -148,8 +164,11 @@ void gemm(const GemmKernel& kernel, const quantize_rows::Kernel& quantizer, cons
 
   const int wanted = call.threads > 0 ? call.threads : default_threads();
   const int64_t useful = 1 + call.m * packed.n_padded * packed.k_padded / (2 * kernel.grain);
-  std::atomic<int64_t> next_task[2] = {0, 0};  // chunks take turns: one counter is set back while the other is in use
-  parallel(static_cast<int>(std::min<int64_t>(wanted, useful)), [&](Team& team) {
+  const int threads = static_cast<int>(std::min<int64_t>(wanted, useful));
+  Share few[8];
+  std::unique_ptr<Share[]> many(threads > 8 ? new Share[threads] : nullptr);
+  Share* const shares = many ? many.get() : few;
+  parallel(threads, [&](Team& team) {
     int turn = 0;
     for (int64_t first = 0; first < call.m; first += chunk, turn = 1 - turn) {
       const int64_t rows = std::min(chunk, call.m - first);
@@ -158,8 +177,8 @@ void gemm(const GemmKernel& kernel, const quantize_rows::Kernel& quantizer, cons
       const Piece r = piece(rows, team.rank, team.size);
       quantizer.rows(mine, r.begin, r.end);
       team.barrier();
-      if (team.rank == 0) next_task[1 - turn].store(0, std::memory_order_relaxed);
-      Multiplication{kernel, packed, mine, call.out, first, rows, ceil_div(rows, mr)}.run(team.size, next_task[turn]);
+      shares[team.rank].taken[1 - turn].store(0, std::memory_order_relaxed);
+      Multiplication{kernel, packed, mine, call.out, first, rows, ceil_div(rows, mr)}.run(team, shares, turn);
       if (first + chunk < call.m) team.barrier();
     }
   });

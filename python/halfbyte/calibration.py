@@ -28,8 +28,9 @@ def calibrate(model: nn.Module, observer: str = "minmax", percentile: float = 99
     per token and costs accuracy where tokens differ. Within the block layers are dynamic.
 
     observer: "minmax", "percentile" (the range that holds the central `percentile` percent of the values), or
-    "mse" (the range of least squared error). Layers that did not run keep what they had, and are named in a
-    warning. After an exception, every layer does.
+    "mse" (the range of least squared error). Clipping hurts models with outlier features, as transformers
+    have: compare before you choose. Layers that did not run keep what they had, and are named in a warning;
+    after an exception, every layer does.
 
     Raises ModelError for a model without a QLinear, ValueError for an unknown observer or percentile,
     NonFiniteError naming the layer when an input holds a NaN or an infinity.

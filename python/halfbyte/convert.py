@@ -46,9 +46,9 @@ def quantize_(
     gets a copy of its own. `model._halfbyte_report` lists, per layer: name, shape, action ("quantized" or
     "float") and reason.
 
-    All layers are checked before the first one is replaced, so that an error leaves the model as it was; each
+    All layers are checked before the first one is replaced, so that an error leaves the model as it was. Each
     float weight is then released as soon as its layer is replaced, so that the model shrinks while it is
-    converted.
+    converted; only an interrupt there leaves a mixed model, which works, and which a second call completes.
 
     Raises ModelError (nothing to quantize), NonFiniteError, DeviceError, DTypeError, ShapeError, each naming
     the layer, and SchemeError.
@@ -194,9 +194,7 @@ class _Layer:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether `module` is a float layer that quantize_ replaces: nn.Linear or transformers' Conv1D, not a
-    subclass.
-    """
+    """Whether quantize_ replaces `module`: an nn.Linear or a Conv1D of transformers, not a subclass."""
     transformers = sys.modules.get("transformers.pytorch_utils")
     return type(module) is nn.Linear or (transformers is not None and type(module) is transformers.Conv1D)
 
@@ -248,9 +246,7 @@ def _convert(model: nn.Module, decide: Callable[[str, nn.Module], _Decision], pr
 
 
 def _find(model: nn.Module, decide: Callable[[str, nn.Module], _Decision]) -> tuple[list[_Layer], list[dict]]:
-    """The float linear layers with what is decided for each, and report rows for the ones that are out of
-    question.
-    """
+    """The float linear layers with what is decided for each, and report rows of those that cannot change."""
     layers, report = [], []
     for name, module, places in sites(model):
         if is_linear(module):
