@@ -57,18 +57,21 @@ struct Multiplication {
   const PackedWeight& packed;
   const quantize_rows::Args& a;
   const EpilogueArgs& out;
-  int64_t first_row, rows, strips;
+  int64_t first_row, rows;
+  int64_t strips = ceil_div(rows, kernel.mr);
+  int64_t steps_per_strip = ceil_div(rows, kernel.row_step) / strips;
+  int64_t longer_strips = ceil_div(rows, kernel.row_step) % strips;
 
   Piece strip_rows(int64_t index) const;
   void strip(int64_t index, int64_t panel, int panels) const;
   void run(const Team& team, Share* shares, int turn) const;
 };
 
-// Nearly equal, in whole row steps: no kernel likes a last strip of one row.
+// Nearly equal, in whole row steps: no kernel likes a last strip of one row. Without a division, for this is asked per tile.
 Piece Multiplication::strip_rows(int64_t index) const {
-  const int64_t steps = ceil_div(rows, kernel.row_step);
-  const Piece s = piece(steps, index, strips);
-  return {s.begin * kernel.row_step, std::min(s.end * kernel.row_step, rows)};
+  const int64_t begin = index * steps_per_strip + std::min(index, longer_strips);
+  const int64_t steps = steps_per_strip + (index < longer_strips);
+  return {begin * kernel.row_step, std::min((begin + steps) * kernel.row_step, rows)};
 }
 
 void Multiplication::strip(int64_t index, int64_t panel, int panels) const {
@@ -114,7 +117,7 @@ void Multiplication::strip(int64_t index, int64_t panel, int panels) const {
 
 void Multiplication::run(const Team& team, Share* shares, int turn) const {
   const int64_t threads = team.size;
-  const int64_t largest = ceil_div(ceil_div(rows, kernel.row_step), strips) * kernel.row_step;
+  const int64_t largest = (steps_per_strip + (longer_strips > 0)) * kernel.row_step;
   const int64_t row_bytes = std::max<int64_t>(1, a.ldc * (kernel.wide ? 2 : 1));
   const int64_t widest = std::clamp<int64_t>(kernel.accumulators / largest, 1, max_panels);
   const int64_t group = std::min(widest, ceil_div(packed.panels(), threads));
@@ -178,7 +181,7 @@ void gemm(const GemmKernel& kernel, const quantize_rows::Kernel& quantizer, cons
       quantizer.rows(mine, r.begin, r.end);
       team.barrier();
       shares[team.rank].taken[1 - turn].store(0, std::memory_order_relaxed);
-      Multiplication{kernel, packed, mine, call.out, first, rows, ceil_div(rows, mr)}.run(team, shares, turn);
+      Multiplication{kernel, packed, mine, call.out, first, rows}.run(team, shares, turn);
       if (first + chunk < call.m) team.barrier();
     }
   });

@@ -45,8 +45,10 @@ HALFBYTE_INLINE void finish(const EpilogueArgs& e, int row, int column, int n, I
   }
 }
 
+// The arguments are copied: the compiler must not think that a store to c changes them and load them for every vector.
 template <Activation A, DType C>
-void finish_rows(const EpilogueArgs& e) {
+void finish_rows(const EpilogueArgs& args) {
+  const EpilogueArgs e = args;
   for (int row = 0; row < e.rows; ++row) {
     const I row_sum = set1_i(static_cast<int32_t>(static_cast<uint32_t>(e.a_sum[row]) * 128u));
     const I zero = set1_i(e.a_zero[row]);

@@ -31,8 +31,8 @@ def quantize_rows_ref(
     if static is not None:
         scale, zero = torch.full_like(low, static[0]), torch.full_like(low, static[1])
     elif symmetric:
-        largest, zero = torch.maximum(-low, high), torch.zeros_like(low)
-        scale = torch.where(largest < TINY, 1, largest / 127)
+        scale, zero = torch.maximum(-low, high) / 127, torch.zeros_like(low)
+        scale = scale.where(scale >= TINY, 1)
     else:
         scale = high / 255 - low / 255
         empty, scale = scale < TINY, scale.where(scale >= TINY, 1)
