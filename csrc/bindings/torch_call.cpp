@@ -1,9 +1,9 @@
-// The short way of QLinear.forward: one call from Python that reads the tensor's attributes through the C API, allocates
+// The short way of calling a QLinear: one call from Python that reads the tensor's attributes through the C API, allocates
 // the output and runs the kernel. Each attribute costs about 40 ns here and 100 ns in Python, and a layer asks for a dozen;
 // on a 64x64 layer that is half of the time. torch is met as Python objects only: nothing of it is linked.
 //
-// Whatever is not the plain case (another tensor type, a gradient, a changed buffer, a dispatch mode, a wrong shape)
-// returns None, and Python takes the way with all checks.
+// Whatever is not the plain case (another tensor type, a gradient, a changed buffer, a hook, a dispatch mode, a wrong
+// shape) returns None, and Python takes the way with all checks.
 #include <array>
 #include <memory>
 #include <vector>
@@ -58,19 +58,19 @@ uintptr_t address(PyObject* tensor) {
 
 // A buffer of the module, by name, with the tensor and version that the packed weight was made from.
 struct Watched {
-  py::object name, tensor;
-  int64_t version;  // -1: not compared
+  py::object name, tensor;  // None for a buffer that is not there
+  int64_t version;          // -1: not compared
 };
 
 class LinearPlan {
  public:
-  LinearPlan(std::shared_ptr<PackedWeight> packed, py::dict buffers, py::list watched,
-             py::object tensor_type, py::tuple dtypes, py::list must_be_zero, uintptr_t bias, float static_scale,
-             int32_t static_zero)
+  LinearPlan(std::shared_ptr<PackedWeight> packed, py::dict buffers, py::list watched, py::object tensor_type,
+             py::tuple dtypes, py::list recorders, py::list hooks, uintptr_t bias, float static_scale, int32_t static_zero)
       : packed_(std::move(packed)),
         buffers_(std::move(buffers)),
         tensor_type_(std::move(tensor_type)),
-        must_be_zero_(std::move(must_be_zero)),
+        recorders_(std::move(recorders)),
+        hooks_(std::move(hooks)),
         bias_(bias),
         static_scale_(static_scale),
         static_zero_(static_zero),
@@ -85,7 +85,9 @@ class LinearPlan {
   // The output, or None where the long way is called for.
   py::object operator()(const py::object& x, int activation_code, int threads) const {
     PyObject* const tensor = x.ptr();
-    if (reinterpret_cast<PyObject*>(Py_TYPE(tensor)) != tensor_type_.ptr() || !unchanged()) return py::none();
+    if (reinterpret_cast<PyObject*>(Py_TYPE(tensor)) != tensor_type_.ptr() || activation_code < 0 || !unchanged()) {
+      return py::none();
+    }
     const Reference dtype_object(PyObject_GetAttr(tensor, names().dtype));
     int type = 0;
     while (type < 3 && dtypes_[type].ptr() != dtype_object.object) ++type;
@@ -137,7 +139,10 @@ class LinearPlan {
       if (now != w.tensor.ptr()) return false;
       if (w.version >= 0 && to_int64(Reference(PyObject_GetAttr(now, names().version)).object) != w.version) return false;
     }
-    for (const py::handle count : must_be_zero_) {
+    for (const py::handle hooks : hooks_) {
+      if (PyDict_GET_SIZE(hooks.ptr()) != 0) return false;
+    }
+    for (const py::handle count : recorders_) {
       const Reference value(PyObject_CallNoArgs(count.ptr()));
       if (value.object != Py_None && PyObject_IsTrue(value.object)) return false;
     }
@@ -149,7 +154,7 @@ class LinearPlan {
   std::vector<Watched> watched_;
   py::object tensor_type_;
   std::array<py::object, 3> dtypes_;
-  py::list must_be_zero_;
+  py::list recorders_, hooks_;
   uintptr_t bias_;
   float static_scale_;
   int32_t static_zero_;
@@ -160,7 +165,7 @@ class LinearPlan {
 
 void bind_torch_call(py::module_& m) {
   py::class_<LinearPlan>(m, "LinearPlan")
-      .def(py::init<std::shared_ptr<PackedWeight>, py::dict, py::list, py::object, py::tuple, py::list,
+      .def(py::init<std::shared_ptr<PackedWeight>, py::dict, py::list, py::object, py::tuple, py::list, py::list,
                     uintptr_t, float, int32_t>())
       .def("__call__", &LinearPlan::operator());
 }

@@ -57,7 +57,8 @@ HALFBYTE_INLINE F activate(F x) {
     q = fma(q, u, set1(0.02877124585211277f));
     q = fma(q, u, set1(0.25208258628845215f));
     q = fma(q, u, set1(1.0f));
-    const F half = mul(set1(0.5f), x);
+    // Bounded below: beyond -5.54 the result is a rounding error of erf, which x must not blow up.
+    const F half = mul(set1(0.5f), max(set1(-5.54f), x));
     return fma(half, div(mul(t, p), q), half);
   } else {
     return x;

@@ -1,7 +1,8 @@
-"""The C++ extension. Tensors cross as address, shape and row stride (in elements); the caller keeps them alive.
+"""The C++ extension. Tensors cross as address, shape and row stride (in elements); the caller keeps them
+alive.
 
-dtype codes: 0 float32, 1 bfloat16, 2 float16, 3 int32. activation codes: 0 none, 1 relu, 2 gelu, 3 gelu_tanh, 4 silu.
-Bad arguments raise ValueError, an instruction set that this machine lacks RuntimeError.
+dtype codes: 0 float32, 1 bfloat16, 2 float16, 3 int32. activation codes: 0 none, 1 relu, 2 gelu, 3 gelu_tanh,
+4 silu. Bad arguments raise ValueError, an instruction set that this machine lacks RuntimeError.
 """
 
 class PackedWeight:
@@ -60,3 +61,26 @@ def linear_w8a8(
     static_zero: int,
     threads: int,
 ) -> None: ...
+
+class LinearPlan:
+    """The short way of QLinear.forward: checks, output and kernel in one call; None where it does not apply.
+
+    watched: (buffer name, tensor or None, its version or -1); a buffer that is another one now, or was
+    changed in place, makes the plan stale. recorders: functions that return something true while a mode or a
+    tracer has to see the call. hooks: dictionaries that are empty unless a hook has to run.
+    """
+
+    def __init__(
+        self,
+        packed: PackedWeight,
+        buffers: dict[str, object],
+        watched: list[tuple[str, object, int]],
+        tensor_type: type,
+        dtypes: tuple[object, object, object],
+        recorders: list[object],
+        hooks: list[dict],
+        bias: int,
+        static_scale: float,
+        static_zero: int,
+    ) -> None: ...
+    def __call__(self, x: object, activation: int, threads: int) -> object | None: ...

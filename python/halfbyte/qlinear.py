@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from . import _core, dispatch
-from .arrays import BF16, F16, F32, check_vector, kind_of
+from .arrays import check_vector, kind_of
 from .errors import DTypeError
 from .ops import ACTIVATIONS, run_linear
 from .pack import PackedWeight
@@ -18,12 +18,17 @@ from .scheme import Scheme
 from .torch_ops import linear_w8a8, packed_weight
 from .weight_view import WeightView
 
+# Buffers whose values go into the plan of a call. The bias is read in place.
+_WATCHED = ("weight_codes", "weight_scale", "input_scale", "input_zero")
 _FLOAT32_BUFFERS = ("weight_scale", "bias", "input_scale")
-_CODES = {torch.float32: F32, torch.bfloat16: BF16, torch.float16: F16}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of the dtype codes of the core
 
 # True while something records or replaces tensor operations, from which a call into the core would hide.
-_tracing = torch._C._get_tracing_state
-_modes = torch._C._len_torch_dispatch_stack
+_RECORDERS = [torch._C._get_tracing_state, torch._C._len_torch_dispatch_stack]
+
+# Dictionaries of hooks that nn.Module's __call__ would run.
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = [getattr(torch.nn.modules.module, f"_global{hooks}") for hooks in _HOOKS]
 
 _get_num_threads = torch.get_num_threads
 
@@ -63,7 +68,7 @@ class QLinear(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
         self.register_buffer("input_scale", None)
         self.register_buffer("input_zero", None)
-        self._plan: tuple | None = None
+        self._plan: _core.LinearPlan | None = None
 
     @classmethod
     def from_linear(
@@ -101,73 +106,26 @@ class QLinear(nn.Module):
         self.input_scale = torch.tensor(scale, dtype=torch.float32, device=device)
         self.input_zero = torch.tensor(zero, dtype=torch.int32, device=device)
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # nn.Module's own __call__ takes longer than a small layer; it is needed for hooks and tracers only,
+        # and the plan declines where there are any.
+        if not is_compiling() and (plan := self._plan) is not None and len(args) == 1 and not kwargs:
+            threads = dispatch.thread_override or _get_num_threads()
+            y = plan(args[0], ACTIVATIONS.get(self.activation, -1), threads)
+            if y is not None:
+                return y
+        return super().__call__(*args, **kwargs)
+
     def forward(self, x: Tensor) -> Tensor:
         """y [..., out_features] of x [..., in_features]."""
-        if is_compiling():
-            return self._operator(x)
-        plan = self._plan
-        if (
-            plan is None
-            or type(x) is not Tensor
-            or (dtype := _CODES.get(x.dtype)) is None
-            or x.requires_grad
-            or not x.is_cpu
-            or not x.is_contiguous()
-            or _modes()
-            or _tracing() is not None
-        ):
-            return self._checked(x)
-        codes, codes_v, scale, scale_v, bias, static, static_v, k, n, packed, x_scale, x_zero = plan
-        buffers, shape = self._buffers, x.shape
-        dims = len(shape)
-        if (
-            buffers["weight_codes"] is not codes
-            or codes._version != codes_v
-            or buffers["weight_scale"] is not scale
-            or scale._version != scale_v
-            or buffers["bias"] is not bias
-            or buffers["input_scale"] is not static
-            or (static is not None and static._version != static_v)
-            or dims == 0
-            or shape[-1] != k
-        ):
-            return self._checked(x)
-        # Separate integers are parsed faster than a tuple, and slices of a Size are slow: 0.4 us less.
-        if dims == 2:
-            m = shape[0]
-            out = x.new_empty(m, n)
-        elif dims == 3:
-            m = shape[0] * shape[1]
-            out = x.new_empty(shape[0], shape[1], n)
-        else:
-            m = x.numel() // k
-            out = x.new_empty(*shape[:-1], n)
-        _core.linear_w8a8(
-            packed,
-            m,
-            x.data_ptr(),
-            k,
-            dtype,
-            out.data_ptr(),
-            n,
-            dtype,
-            0 if bias is None else bias.data_ptr(),
-            ACTIVATIONS[self.activation],
-            0,
-            0,
-            0,
-            x_scale,
-            x_zero,
-            dispatch.thread_override or _get_num_threads(),
-        )
-        return out
+        return self._operator(x) if is_compiling() else self._checked(x)
 
     def _checked(self, x: Tensor) -> Tensor:
         """forward with every check, for every kind of input; prepares the short way for the next call."""
         if not isinstance(x, Tensor):
             raise DTypeError(f"QLinear: x must be a torch tensor, not {type(x).__name__}")
         recorded = x.requires_grad and torch.is_grad_enabled()
-        if recorded or x.is_meta or type(x) is not Tensor or _modes() or _tracing() is not None:
+        if recorded or x.is_meta or type(x) is not Tensor or any(recorder() for recorder in _RECORDERS):
             return self._operator(x)
         packed = self._prepare()
         return run_linear(x, packed, self.bias, self.activation, None, None, self.static)
@@ -185,9 +143,9 @@ class QLinear(nn.Module):
         )
 
     def _prepare(self) -> PackedWeight:
-        """Pack, and note what `forward` compares and passes on."""
+        """Pack, and note what the short way of `forward` (LinearPlan) compares and passes on."""
         with torch.inference_mode(False):
-            for name in ("weight_codes", "weight_scale", "input_scale"):
+            for name in _WATCHED:
                 if (buffer := self._buffers[name]) is not None and buffer.is_inference():
                     self._buffers[name] = buffer.clone()  # inference tensors do not count their changes
         if self.bias is not None:
@@ -199,19 +157,19 @@ class QLinear(nn.Module):
                 "weight_codes",
             )
             self._buffers["bias"] = self.bias.float().contiguous()
-        codes, scale, static = self.weight_codes, self.weight_scale, self.input_scale
-        packed = packed_weight(codes, scale)
-        self._plan = (
-            codes,
-            codes._version,
-            scale,
-            scale._version,
-            self.bias,
-            static,
-            0 if static is None else static._version,
-            self.in_features,
-            self.out_features,
+        packed = packed_weight(self.weight_codes, self.weight_scale)
+        self._plan = _core.LinearPlan(
             packed.core,
+            self._buffers,
+            [
+                (name, t, t._version if name in _WATCHED and t is not None else -1)
+                for name, t in self._buffers.items()
+            ],
+            Tensor,
+            _DTYPES,
+            _RECORDERS,
+            [getattr(self, hooks) for hooks in _HOOKS] + _GLOBAL_HOOKS,
+            0 if self.bias is None else self.bias.data_ptr(),
             *(self.static or (0.0, 0)),
         )
         return packed
