@@ -69,7 +69,8 @@ void multiply(const int16_t* first_row, int64_t lda, const uint8_t* b, int64_t q
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) acc[r][v] = _mm256_setzero_si256();
 
-  for (int64_t q = 0; q < quads; ++q, b += Weights::quad_bytes) {
+  constexpr int unroll = rows <= 2 ? 1 : 4;  // k is padded to 16 quads
+  for (int64_t q = 0; q < quads; q += unroll, b += unroll * Weights::quad_bytes) {
     if constexpr (rows <= 2) {
       I x[rows];
 #pragma GCC unroll 2
@@ -81,18 +82,21 @@ void multiply(const int16_t* first_row, int64_t lda, const uint8_t* b, int64_t q
         for (int r = 0; r < rows; ++r) accumulate(acc[r][v], _mm256_madd_epi16(w, x[r]));
       }
     } else {
-      I w[vectors];
+#pragma GCC unroll 4
+      for (int u = 0; u < unroll; ++u) {
+        I w[vectors];
 #pragma GCC unroll 8
-      for (int v = 0; v < vectors; ++v) w[v] = Weights::load(b, v);
+        for (int v = 0; v < vectors; ++v) w[v] = Weights::load(b + u * Weights::quad_bytes, v);
 #pragma GCC unroll 6
-      for (int r = 0; r < rows; ++r) {
-        const I x = broadcast_quad(a[r / 3] + (r % 3) * lda);
+        for (int r = 0; r < rows; ++r) {
+          const I x = broadcast_quad(a[r / 3] + (r % 3) * lda + u * quad);
 #pragma GCC unroll 8
-        for (int v = 0; v < vectors; ++v) accumulate(acc[r][v], _mm256_madd_epi16(w[v], x));
+          for (int v = 0; v < vectors; ++v) accumulate(acc[r][v], _mm256_madd_epi16(w[v], x));
+        }
       }
     }
 #pragma GCC unroll 2
-    for (int i = 0; i < bases; ++i) a[i] += quad;
+    for (int i = 0; i < bases; ++i) a[i] += unroll * quad;
   }
 #pragma GCC unroll 6
   for (int r = 0; r < rows; ++r)
