@@ -213,7 +213,7 @@ def test_timed_uses_its_calls_in_turn():
     first = next(timed._cycle)
     log.clear()
     assert timed.sample() > 0
-    assert len(log) == timed.inner + 1
+    assert len(log) == timed.inner + max(1, min(timed.inner, 32))
     assert all(a != b for a, b in zip(log, log[1:], strict=False)) and first is not None
 
 
