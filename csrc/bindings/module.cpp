@@ -60,8 +60,10 @@ py::dict build_info() {
       if (std::find(built.begin(), built.end(), kernel->isa) == built.end()) built.emplace_back(kernel->isa);
     }
   }
-#if defined(HALFBYTE_EMULATE)
-  emulated = {"avx_vnni", "amx_int8"};
+#if HALFBYTE_EMULATE
+  for (const char* name : {"avx_vnni", "amx_int8"}) {
+    if (supported_isas() & isa_info(name).bit) emulated.emplace_back(name);
+  }
 #endif
   py::dict info;
   info["version"] = HALFBYTE_VERSION;

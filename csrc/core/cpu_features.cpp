@@ -89,8 +89,6 @@ uint32_t detect() {
   constexpr unsigned long hwcap_asimddp = 1ul << 20, hwcap2_i8mm = 1ul << 13;
   if (getauxval(AT_HWCAP) & hwcap_asimddp) found |= isa_neon_dot;
   if ((found & isa_neon_dot) && (getauxval(AT_HWCAP2) & hwcap2_i8mm)) found |= isa_neon_i8mm;
-#elif defined(__APPLE__)
-  found |= isa_neon_dot;  // every Apple M chip
 #endif
   return found;
 }
@@ -102,13 +100,37 @@ uint32_t detect() { return isa_scalar; }
 
 #endif
 
-// Instruction sets whose kernels were built on emulated intrinsics (tests only, -DHALFBYTE_EMULATE=ON).
-constexpr uint32_t emulated_isas =
-#if defined(HALFBYTE_EMULATE) && defined(__x86_64__)
-    isa_avx_vnni | isa_amx_int8;
-#else
-    0;
+// Instruction sets that some kernel of this build is compiled for.
+constexpr uint32_t built_isas = isa_scalar
+#if HALFBYTE_AVX2
+                                | isa_avx2
 #endif
+#if HALFBYTE_AVX_VNNI
+                                | isa_avx_vnni
+#endif
+#if HALFBYTE_AVX512
+                                | isa_avx512
+#endif
+#if HALFBYTE_AVX512_VNNI
+                                | isa_avx512_vnni
+#endif
+#if HALFBYTE_AMX_INT8
+                                | isa_amx_int8
+#endif
+    ;
+
+// With -DHALFBYTE_EMULATE=ON (tests only) some kernels are built on emulated intrinsics; they run wherever the rest of
+// what they imply does.
+uint32_t with_emulated(uint32_t found) {
+#if HALFBYTE_EMULATE
+  for (const IsaInfo& info : isa_table) {
+    const bool emulated = (info.bit & (isa_avx_vnni | isa_amx_int8)) != 0;
+    const uint32_t implied = info.closure & ~info.bit;
+    if (emulated && (found & implied) == implied) found |= info.bit;
+  }
+#endif
+  return found;
+}
 
 thread_local const IsaInfo* forced = nullptr;
 
@@ -117,6 +139,10 @@ const IsaInfo* supported_info(const std::string& name, const char* origin) {
   if (!(supported_isas() & info.bit)) {
     throw std::runtime_error(std::string(origin) + ": this machine lacks '" + name +
                              "'. `halfbyte doctor` lists what it has.");
+  }
+  if (!(built_isas & info.bit)) {
+    throw std::runtime_error(std::string(origin) + ": this build has no kernel for '" + name +
+                             "'. `halfbyte doctor` lists what was built.");
   }
   return &info;
 }
@@ -145,7 +171,7 @@ const IsaInfo& isa_info(const std::string& name) {
 }
 
 uint32_t supported_isas() {
-  static const uint32_t found = detect() | emulated_isas;
+  static const uint32_t found = with_emulated(detect());
   return found;
 }
 

@@ -75,7 +75,7 @@ Piece Multiplication::strip_rows(int64_t index) const {
 }
 
 void Multiplication::strip(int64_t index, int64_t panel, int panels) const {
-  alignas(64) int32_t acc[std::max(max_mr, 12 * max_panels) * panel_width];
+  alignas(64) int32_t acc[std::max(max_mr, max_accumulators) * panel_width];
   const Piece r = strip_rows(index);
   const int64_t code_bytes = kernel.wide ? 2 : 1;
   TileArgs tile;
@@ -157,7 +157,7 @@ void gemm(const GemmKernel& kernel, const quantize_rows::Kernel& quantizer, cons
   a.ldc = a.k_padded + (a.k_padded * code_bytes % 512 == 0 ? 64 : 0);
   const int64_t mr = kernel.mr, row_bytes = a.ldc * code_bytes;
   const int64_t affordable = chunk_bytes / std::max<int64_t>(1, row_bytes) / mr * mr;
-  const int64_t chunk = std::min(call.m, std::max(8 * mr, affordable));
+  const int64_t chunk = std::min(call.m, std::max(mr, affordable));
 
   const int64_t codes_bytes = round_up(chunk * row_bytes, 64);
   a.codes = workspace.reserve(codes_bytes + chunk * 12);

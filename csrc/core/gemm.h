@@ -4,6 +4,16 @@
 
 namespace halfbyte {
 
+// The packed weight (core/packed_weight.h) in numbers.
+constexpr int panel_width = 32;
+constexpr int quad = 4;
+constexpr int k_multiple = 64;
+
+// What the driver has room for.
+constexpr int max_panels = 4;
+constexpr int max_mr = 48;
+constexpr int max_accumulators = 12;
+
 // acc[r][c] = sum over k of a[r][k] * b[c][k] for `rows` rows and `panels` panels, exactly, in wrapping int32.
 // b holds codes + 128 (the unsigned operand of vpdpbusd); the epilogue takes the 128 out again.
 struct TileArgs {
@@ -39,16 +49,13 @@ struct EpilogueArgs {
 
 struct GemmKernel {
   KernelInfo info;
-  int mr;            // most rows of a tile
+  int mr;            // most rows of a tile, up to max_mr
   int row_step;      // a tile computes its rows in steps of this many; a divisor of mr
   bool wide;         // wants int16 activation codes
-  int accumulators;  // a tile of r rows may span accumulators / r panels (at least one, at most max_panels)
+  int accumulators;  // a tile of r rows may span accumulators / r panels (1 to max_panels); up to max_accumulators
   int64_t grain;     // multiplications that take about 3 us: less than that is not worth another thread
   void (*tile)(const TileArgs& args);
   void (*epilogue)(const EpilogueArgs& args);
 };
-
-constexpr int max_panels = 4;
-constexpr int max_mr = 48;
 
 }  // namespace halfbyte

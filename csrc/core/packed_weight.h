@@ -9,11 +9,9 @@
 #include <cstdint>
 #include <memory>
 
-namespace halfbyte {
+#include "core/gemm.h"
 
-constexpr int panel_width = 32;
-constexpr int quad = 4;
-constexpr int k_multiple = 64;
+namespace halfbyte {
 
 constexpr int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 

@@ -9,11 +9,16 @@
 #include <link.h>
 #include <pthread.h>
 #include <sched.h>
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
 
 #include <condition_variable>
 #include <cstring>
 #include <mutex>
+#include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace halfbyte {
@@ -31,7 +36,7 @@ inline void pause() {
 #endif
 }
 
-// Spins for about 20 us, then gives the core away: the partner may not have one (more threads than cores).
+// Spins for 20-90 us (a pause takes 40 cycles or 140), then gives the core away: the partner may not have one (more threads than cores).
 class Backoff {
  public:
   void wait() {
@@ -46,9 +51,30 @@ class Backoff {
   int spins_ = 0;
 };
 
-struct RegionFlag {
-  RegionFlag() { inside_region = true; }
-  ~RegionFlag() { inside_region = false; }
+// What holds while a thread works in a region: nested regions stay on it, and it computes with the default float mode
+// (round to nearest, subnormals kept), whatever the process set on its other threads. Else a result could depend on
+// which thread computed it.
+class InRegion {
+ public:
+  InRegion() {
+    inside_region = true;
+#if defined(__x86_64__)
+    saved_ = _mm_getcsr();
+    if ((saved_ & mode_bits) != 0) _mm_setcsr(saved_ & ~mode_bits);
+#endif
+  }
+  ~InRegion() {
+#if defined(__x86_64__)
+    if ((saved_ & mode_bits) != 0) _mm_setcsr(saved_);
+#endif
+    inside_region = false;
+  }
+
+ private:
+#if defined(__x86_64__)
+  static constexpr unsigned mode_bits = 0xe040;  // flush to zero, rounding mode, denormals are zeros
+  unsigned saved_;
+#endif
 };
 
 // ---------------------------------------------------------------- OpenMP
@@ -60,6 +86,7 @@ struct OpenMP {
   int (*max_threads)() = nullptr;
   int (*in_parallel)() = nullptr;
   std::string library;
+  bool torchs = false;  // the one that torch is linked to: no better one will come
 };
 
 template <class Function>
@@ -75,10 +102,31 @@ bool resolve_all(void* handle, OpenMP& omp) {
          resolve(handle, "omp_in_parallel", omp.in_parallel);
 }
 
-bool looks_like_openmp(const char* path) {
-  const char* slash = std::strrchr(path, '/');
-  const char* file = slash ? slash + 1 : path;
-  return !std::strncmp(file, "libgomp", 7) || !std::strncmp(file, "libomp", 6) || !std::strncmp(file, "libiomp5", 8);
+// Paths of the loaded libraries whose file name starts with one of the given ones.
+std::vector<std::string> loaded(std::vector<const char*> names) {
+  std::pair<std::vector<const char*>, std::vector<std::string>> search{std::move(names), {}};
+  dl_iterate_phdr(
+      [](dl_phdr_info* info, size_t, void* out) {
+        auto& [names, paths] = *static_cast<decltype(search)*>(out);
+        const char* slash = info->dlpi_name ? std::strrchr(info->dlpi_name, '/') : nullptr;
+        for (const char* name : names) {
+          if (slash && !std::strncmp(slash + 1, name, std::strlen(name))) paths.emplace_back(info->dlpi_name);
+        }
+        return 0;
+      },
+      &search);
+  return search.second;
+}
+
+// The OpenMP functions that a loaded library defines or is linked to.
+bool resolve_from(const std::string& path, OpenMP& omp) {
+  void* const handle = dlopen(path.c_str(), RTLD_NOLOAD | RTLD_LAZY);
+  if (!handle) return false;
+  const bool complete = resolve_all(handle, omp);
+  Dl_info info;
+  if (complete && dladdr(reinterpret_cast<void*>(omp.parallel), &info) && info.dli_fname) omp.library = info.dli_fname;
+  dlclose(handle);  // the library stays: whoever loaded it holds it, and torch cannot be unloaded
+  return complete;
 }
 
 // The loader counts libraries ever loaded; comparing that number is how a torch imported after us is noticed at the
@@ -94,44 +142,28 @@ unsigned long long loaded_libraries() {
   return count;
 }
 
+// torch's runtime first (several may be loaded, scikit-learn brings one of its own), then any.
 const OpenMP* find_openmp() {
-  auto* omp = new OpenMP;  // found once per process and kept for good
-  if (resolve_all(RTLD_DEFAULT, *omp)) {
-    Dl_info info;
-    if (dladdr(reinterpret_cast<void*>(omp->parallel), &info) && info.dli_fname) omp->library = info.dli_fname;
-    return omp;
-  }
-  std::vector<std::string> paths;
-  dl_iterate_phdr(
-      [](dl_phdr_info* info, size_t, void* out) {
-        if (info->dlpi_name && looks_like_openmp(info->dlpi_name))
-          static_cast<std::vector<std::string>*>(out)->push_back(info->dlpi_name);
-        return 0;
-      },
-      &paths);
-  for (const std::string& path : paths) {
-    void* handle = dlopen(path.c_str(), RTLD_NOLOAD | RTLD_LAZY);
-    if (handle && resolve_all(handle, *omp)) {
-      omp->library = path;
-      return omp;
-    }
-  }
-  delete omp;
-  return nullptr;
+  OpenMP omp;
+  bool found = false;
+  for (const std::string& path : loaded({"libtorch_cpu.so"})) found = omp.torchs = found || resolve_from(path, omp);
+  for (const std::string& path : loaded({"libgomp", "libomp", "libiomp5"})) found = found || resolve_from(path, omp);
+  return found ? new OpenMP(omp) : nullptr;  // a handful per process at most, kept: other threads may be using it
 }
 
 const OpenMP* openmp() {
-  static std::atomic<const OpenMP*> found{nullptr};
+  static std::atomic<const OpenMP*> current{nullptr};
   static std::atomic<unsigned long long> searched_at{0};
   static std::mutex searching;
   if (forked.load(std::memory_order_relaxed)) return nullptr;
-  if (const OpenMP* omp = found.load(std::memory_order_acquire)) return omp;
+  const OpenMP* const known = current.load(std::memory_order_acquire);
+  if (known && known->torchs) return known;
   const unsigned long long now = loaded_libraries();
-  if (now == searched_at.load(std::memory_order_relaxed)) return nullptr;
+  if (now == searched_at.load(std::memory_order_relaxed)) return known;
   std::lock_guard lock(searching);
-  if (!found.load()) found.store(find_openmp(), std::memory_order_release);
+  if (const OpenMP* omp = find_openmp()) current.store(omp, std::memory_order_release);
   searched_at.store(now, std::memory_order_relaxed);
-  return found.load();
+  return current.load();
 }
 
 struct OpenMPCall {
@@ -143,7 +175,7 @@ struct OpenMPCall {
 
 void openmp_member(void* data) {
   auto& call = *static_cast<OpenMPCall*>(data);
-  RegionFlag flag;
+  InRegion here;
   Team team(call.omp->thread_num(), call.omp->num_threads(), call.arrived);
   call.body(call.context, team);
 }
@@ -159,8 +191,12 @@ class Pool {
     std::atomic<int> arrived{0};
     {
       std::lock_guard lock(mutex_);
-      while (static_cast<int>(workers_.size()) < threads - 1) {
-        workers_.emplace_back(&Pool::work, this, static_cast<int>(workers_.size()) + 1, generation_.load());
+      try {
+        while (static_cast<int>(workers_.size()) < threads - 1) {
+          workers_.emplace_back(&Pool::work, this, static_cast<int>(workers_.size()) + 1, generation_.load());
+        }
+      } catch (const std::system_error&) {  // the system grants no more threads: fewer do the same work
+        threads = static_cast<int>(workers_.size()) + 1;
       }
       body_ = body, context_ = context, size_ = threads, arrived_ = &arrived;
       running_.store(threads - 1);
@@ -168,7 +204,7 @@ class Pool {
     }
     wake_.notify_all();
     {
-      RegionFlag flag;
+      InRegion here;
       Team team(0, threads, arrived);
       body(context, team);
     }
@@ -190,7 +226,7 @@ class Pool {
       Team team(rank, size_, *arrived_);
       lock.unlock();
       {
-        RegionFlag flag;
+        InRegion here;
         body(context, team);
       }
       running_.fetch_sub(1, std::memory_order_release);
@@ -208,22 +244,16 @@ class Pool {
   std::atomic<int>* arrived_ = nullptr;
 };
 
-std::atomic<Pool*> current_pool{nullptr};
+// Made when the extension is loaded, so that no fork can catch it half made; never destroyed, for its threads may
+// outlive static destructors.
+std::atomic<Pool*> current_pool{new Pool};
+bool openmp_at_fork = false;
 
-Pool& pool() {
-  static const bool registered = [] {
-    current_pool.store(new Pool);  // never destroyed: its threads may outlive static destructors
-    return true;
-  }();
-  (void)registered;
-  return *current_pool.load();
-}
-
-// The child of a fork has one thread: whatever pool or OpenMP team it inherits is dead.
-const int fork_handler = pthread_atfork(nullptr, nullptr, [] {
-  forked.store(true);
+// The child of a fork has one thread: whatever pool or OpenMP team it inherits is dead. A runtime loaded later is not.
+const int fork_handler = pthread_atfork([] { openmp_at_fork = openmp() != nullptr; }, nullptr, [] {
+  forked.store(forked.load() || openmp_at_fork);
   inside_region = false;
-  if (current_pool.load()) current_pool.store(new Pool);
+  current_pool.store(new Pool);
 });
 
 int affinity_cores() {
@@ -253,13 +283,18 @@ void parallel_region(int threads, RegionBody body, void* context) {
         omp->parallel(openmp_member, &call, static_cast<unsigned>(threads), 0);
         return;
       }
-    } else if (pool().run(threads, body, context)) {
+    } else if (current_pool.load()->run(threads, body, context)) {
       return;
     }
   }
-  std::atomic<int> arrived{0};
-  Team team(0, 1, arrived);
-  body(context, team);
+  const bool nested = inside_region;
+  {
+    InRegion here;
+    std::atomic<int> arrived{0};
+    Team team(0, 1, arrived);
+    body(context, team);
+  }
+  inside_region = nested;
 }
 
 int default_threads() {

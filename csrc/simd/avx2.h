@@ -20,14 +20,14 @@ HALFBYTE_INLINE I first(int n) {
 template <class T>
 HALFBYTE_INLINE __m128i load_small_n(const void* p, int n) {
   alignas(16) T copy[16 / sizeof(T)] = {};
-  for (int i = 0; i < n; ++i) copy[i] = static_cast<const T*>(p)[i];
+  __builtin_memcpy(copy, p, static_cast<size_t>(n) * sizeof(T));
   return _mm_load_si128(reinterpret_cast<const __m128i*>(copy));
 }
 template <class T>
 HALFBYTE_INLINE void store_small_n(void* p, __m128i x, int n) {
   alignas(16) T copy[16 / sizeof(T)];
   _mm_store_si128(reinterpret_cast<__m128i*>(copy), x);
-  for (int i = 0; i < n; ++i) static_cast<T*>(p)[i] = copy[i];
+  __builtin_memcpy(p, copy, static_cast<size_t>(n) * sizeof(T));
 }
 
 HALFBYTE_INLINE F from_bf16(__m128i h) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16)); }

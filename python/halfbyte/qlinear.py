@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from . import _core, dispatch
@@ -24,7 +25,11 @@ _FLOAT32_BUFFERS = ("weight_scale", "bias", "input_scale")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of the dtype codes of the core
 
 # True while something records or replaces tensor operations, from which a call into the core would hide.
-_RECORDERS = [torch._C._get_tracing_state, torch._C._len_torch_dispatch_stack]
+_RECORDERS = [
+    torch._C._get_tracing_state,
+    torch._C._len_torch_dispatch_stack,
+    torch._C._functorch.peek_interpreter_stack,
+]
 
 # Dictionaries of hooks that nn.Module's __call__ would run.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -111,14 +116,21 @@ class QLinear(nn.Module):
         # and the plan declines where there are any.
         if not is_compiling() and (plan := self._plan) is not None and len(args) == 1 and not kwargs:
             threads = dispatch.thread_override or _get_num_threads()
-            y = plan(args[0], ACTIVATIONS.get(self.activation, -1), threads)
+            y = plan(args[0], ACTIVATIONS.get(self.activation, -1), threads, False)
             if y is not None:
                 return y
         return super().__call__(*args, **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
         """y [..., out_features] of x [..., in_features]."""
-        return self._operator(x) if is_compiling() else self._checked(x)
+        if is_compiling():
+            return self._operator(x)
+        if (plan := self._plan) is not None:
+            threads = dispatch.thread_override or _get_num_threads()
+            y = plan(x, ACTIVATIONS.get(self.activation, -1), threads, True)
+            if y is not None:
+                return y
+        return self._checked(x)
 
     def _checked(self, x: Tensor) -> Tensor:
         """forward with every check, for every kind of input; prepares the short way for the next call."""
@@ -169,6 +181,7 @@ class QLinear(nn.Module):
             _DTYPES,
             _RECORDERS,
             [getattr(self, hooks) for hooks in _HOOKS] + _GLOBAL_HOOKS,
+            vars(forward_ad),
             0 if self.bias is None else self.bias.data_ptr(),
             *(self.static or (0.0, 0)),
         )

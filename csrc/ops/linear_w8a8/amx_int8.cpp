@@ -3,8 +3,7 @@
 // apart in the panel) of 16 channels.
 #include "simd/avx512.h"
 
-#include "core/packed_weight.h"
-#include "ops/linear_w8a8/op.h"
+#include "ops/linear_w8a8/kernel.h"
 #include "simd/amx.h"
 #include "simd/epilogue.h"
 

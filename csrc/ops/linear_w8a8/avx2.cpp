@@ -9,8 +9,7 @@
 // once per 1024 k for up to 48 rows; up to 12 rows widen on the fly.
 #include "simd/avx2.h"
 
-#include "core/packed_weight.h"
-#include "ops/linear_w8a8/op.h"
+#include "ops/linear_w8a8/kernel.h"
 #include "simd/epilogue.h"
 
 namespace halfbyte::avx2 {
@@ -152,15 +151,16 @@ void multiply_widened(const TileArgs& t, int64_t q, int64_t quads) {
     }
   }
   // The next chunk comes from L3 meanwhile, a few lines per group: without it the multipliers wait 10 % of the time.
-  constexpr int chunk_lines = quads_per_chunk * panel_width * quad / 64;
+  const int64_t left = t.quads - q - quads;  // none: the next chunk is the first one of the next panel
+  const int64_t next_quads = left <= 0 ? quads : left < quads_per_chunk ? left : quads_per_chunk;
   const uint8_t* next = b + quads * panel_width * quad;
   const int strips = (t.rows + strip - 1) / strip;
-  const int lines = (chunk_lines + strips * groups - 1) / (strips * groups);
+  const int64_t lines = (next_quads * panel_width * quad / 64 + strips * groups - 1) / (strips * groups);
   for (int i = 0; i < strips; ++i) {
     const Strip s = strip_of(t.rows, strips, i);
     const int16_t* a = static_cast<const int16_t*>(t.a) + s.begin * t.lda + q * quad;
     for (int g = 0; g < groups; ++g) {
-      for (int line = 0; line < lines; ++line, next += 64) {
+      for (int64_t line = 0; line < lines; ++line, next += 64) {
         _mm_prefetch(reinterpret_cast<const char*>(next), _MM_HINT_T1);
       }
       of_rows<Widened>[s.rows - 1](a, t.lda, widened[g], quads, q > 0,

@@ -6,8 +6,7 @@
 // 128 bytes per 24 products, which L2 delivers on every server core since Skylake.
 #include "simd/avx512.h"
 
-#include "core/packed_weight.h"
-#include "ops/linear_w8a8/op.h"
+#include "ops/linear_w8a8/kernel.h"
 #include "simd/epilogue.h"
 #include "simd/vnni512.h"
 

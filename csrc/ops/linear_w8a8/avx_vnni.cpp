@@ -2,8 +2,7 @@
 // registers; a panel of 32 channels is walked in two halves (in one for one to three rows).
 #include "simd/avx2.h"
 
-#include "core/packed_weight.h"
-#include "ops/linear_w8a8/op.h"
+#include "ops/linear_w8a8/kernel.h"
 #include "simd/epilogue.h"
 #include "simd/vnni256.h"
 
@@ -85,7 +84,7 @@ void tile(const TileArgs& t) {
 namespace halfbyte::linear_w8a8 {
 
 constinit const GemmKernel kernel_avx_vnni = {
-    {"linear_w8a8", "linear_w8a8_6x16x4_avx_vnni", "avx_vnni", isa_avx_vnni},
+    {"linear_w8a8", "linear_w8a8_6x32x4_avx_vnni", "avx_vnni", isa_avx_vnni},
     avx_vnni::mr, 1, false, 1, 1 << 18, avx_vnni::tile, avx_vnni::epilogue,
 };
 

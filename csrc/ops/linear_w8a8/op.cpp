@@ -24,6 +24,8 @@ void check_args(const PackedWeight& packed, const Args& args) {
         " elements");
   check(args.m <= 1 || args.ldc >= packed.n, "linear_w8a8: rows of the output overlap: stride ", args.ldc, " for ",
         packed.n, " elements");
+  check(args.m == 0 || packed.k == 0 || args.a, "linear_w8a8: x has no memory");
+  check(args.m == 0 || packed.n == 0 || args.c, "linear_w8a8: the output has no memory");
   check(args.a_type != DType::i32, "linear_w8a8: x must be float32, bfloat16 or float16");
   check(args.c_type != DType::i32 || (!args.bias && !args.residual && args.activation == Activation::none),
         "linear_w8a8: int32 output is the raw accumulator and takes no bias, activation or residual");

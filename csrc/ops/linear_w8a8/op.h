@@ -9,16 +9,12 @@
 // exp and erf are polynomial or rational fits with errors below 2^-24, followed by at most 16 float32 roundings of
 // 2^-24 each on terms not larger than max(1, |y|). none and relu are exact given acc.
 #pragma once
-#include "core/gemm.h"
 #include "core/packed_weight.h"
+#include "ops/linear_w8a8/kernel.h"
 
 namespace halfbyte::linear_w8a8 {
 
-constexpr int64_t max_k = 65792;
-
-#define KERNEL(isa) extern const GemmKernel kernel_##isa;
-#include "ops/linear_w8a8/kernels.inc"
-#undef KERNEL
+constexpr int64_t max_k = 65792;  // whole multiples of 64 below (2^31 - 1) / (255 * 128)
 
 // codes: int8 [n][k] with row stride ld; scale: float32 [n]. Throws std::invalid_argument.
 PackedWeight pack(const int8_t* codes, int64_t n, int64_t k, int64_t ld, const float* scale, int threads);

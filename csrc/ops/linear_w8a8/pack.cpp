@@ -37,6 +37,7 @@ PackedWeight pack(const int8_t* codes, int64_t n, int64_t k, int64_t ld, const f
   check(n >= 0 && k >= 0, "pack_linear_w8a8: negative shape [", n, ", ", k, "]");
   check(k <= max_k, "pack_linear_w8a8: in_features ", k, " exceed ", max_k,
         ", the most whose sums fit int32; keep this layer in float");
+  check(n == 0 || (scale && (codes || k == 0)), "pack_linear_w8a8: codes or scale have no memory");
   check(n <= 1 || ld >= k, "pack_linear_w8a8: row stride ", ld, " is below in_features ", k);
   for (int64_t i = 0; i < n; ++i) {
     check(std::isfinite(scale[i]) && scale[i] > 0, "pack_linear_w8a8: the scale of output channel ", i, " is ",

@@ -2,8 +2,7 @@
 // weight is used four times.
 #include "simd/scalar.h"
 
-#include "core/packed_weight.h"
-#include "ops/linear_w8a8/op.h"
+#include "ops/linear_w8a8/kernel.h"
 #include "simd/epilogue.h"
 
 namespace halfbyte::scalar {

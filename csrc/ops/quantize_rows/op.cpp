@@ -29,6 +29,10 @@ const Kernel& select() { return halfbyte::select<Kernel>(kernels, active_isas())
 void run(const Args& args, int64_t m, int threads) {
   check(m >= 0 && args.k >= 0, "quantize_rows: negative shape [", m, ", ", args.k, "]");
   check(args.k_padded >= args.k, "quantize_rows: k_padded ", args.k_padded, " is below k ", args.k);
+  check(args.k <= max_k, "quantize_rows: k ", args.k, " exceeds ", max_k, ", beyond which a row's sum overflows int32");
+  check(m == 0 || args.k == 0 || (args.x && args.codes), "quantize_rows: x or the codes have no memory");
+  check(m == 0 || (args.scale && args.sum), "quantize_rows: scale or sum have no memory");
+  check(!args.symmetric || args.static_scale == 0, "quantize_rows: a static scale is asymmetric");
   check(m <= 1 || (args.ldx >= args.k && args.ldc >= args.k_padded), "quantize_rows: rows overlap: strides ", args.ldx,
         " and ", args.ldc, " for ", args.k, " elements");
   check(args.x_type != DType::i32, "quantize_rows: x must be float32, bfloat16 or float16");

@@ -15,6 +15,8 @@
 
 namespace halfbyte::quantize_rows {
 
+constexpr int64_t max_k = (int64_t{1} << 24) - 1;
+
 struct Args {
   const void* x;
   int64_t ldx;  // elements between rows
