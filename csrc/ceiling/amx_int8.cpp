@@ -1,5 +1,5 @@
 // Ceiling of AMX: four independent tdpbsud chains of 16x16x64; the read ceiling is AVX512's.
-#include "ceiling/ceiling.h"
+#include "ceiling/kernel.h"
 #include "simd/amx.h"
 
 namespace halfbyte::amx_int8 {

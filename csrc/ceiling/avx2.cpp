@@ -1,6 +1,6 @@
 // Ceilings of AVX2: vpmaddubsw + vpmaddwd + vpaddd, the usual way to multiply 32 pairs of bytes (two multiplier slots;
 // the two vpmaddwd of our exact kernel take as many), in 12 independent chains; 32-byte loads.
-#include "ceiling/ceiling.h"
+#include "ceiling/kernel.h"
 #include "ceiling/read256.h"
 
 namespace halfbyte::avx2 {

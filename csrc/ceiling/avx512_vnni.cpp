@@ -1,7 +1,7 @@
 // Ceilings of AVX512-VNNI: 16 independent vpdpbusd chains (latency 4-5, up to two per cycle), 64-byte loads.
 #include "simd/vnni512.h"
 
-#include "ceiling/ceiling.h"
+#include "ceiling/kernel.h"
 
 namespace halfbyte::avx512_vnni {
 namespace {

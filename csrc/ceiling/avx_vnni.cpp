@@ -1,5 +1,5 @@
 // Ceilings of AVX-VNNI: 12 independent vpdpbusd chains on ymm registers, 32-byte loads.
-#include "ceiling/ceiling.h"
+#include "ceiling/kernel.h"
 #include "ceiling/read256.h"
 #include "simd/vnni256.h"
 

@@ -5,6 +5,7 @@
 #include <chrono>
 #include <cstring>
 
+#include "ceiling/kernel.h"
 #include "core/check.h"
 #include "core/cpu_features.h"
 #include "core/packed_weight.h"

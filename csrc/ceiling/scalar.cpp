@@ -1,5 +1,5 @@
 // Ceilings of the baseline: four chains of 32-bit multiply and add, 8-byte loads.
-#include "ceiling/ceiling.h"
+#include "ceiling/kernel.h"
 
 namespace halfbyte::scalar {
 namespace {
