@@ -23,6 +23,8 @@ constexpr int64_t chunk_bytes = int64_t{4} << 20;
 constexpr int64_t block_bytes = int64_t{512} << 10;
 // A task is worth some 12 us (four grains of the kernel): taking one costs a cache line that travels between cores.
 constexpr int64_t task_grains = 4, most_tasks_per_thread = 16;
+// Rows per thread from which sharing by rows pays.
+constexpr int64_t rows_alone = 48;
 
 // The quantized chunk; one per calling thread, kept for the next call.
 struct Workspace {
@@ -52,31 +54,77 @@ struct alignas(64) Share {
   std::atomic<int64_t> taken[2] = {0, 0};
 };
 
+// One chunk of rows: how it is cut, and the work on a piece. Two ways to share it:
+//   by rows      every thread quantizes and multiplies rows of its own and reads the whole weight; no codes travel between
+//                cores. Pays once a thread has enough rows to use each weight often.
+//   by columns   every thread reads a part of the weight, and all rows.
 struct Multiplication {
+  Multiplication(const GemmKernel& kernel, const PackedWeight& packed, const quantize_rows::Args& a,
+                 const EpilogueArgs& out, int64_t first_row, int64_t rows, int threads);
+
+  Piece rows_to_quantize(const Team& team) const;
+  void run(const Team& team, Share* shares, int turn) const;
+
+ private:
+  Piece strip_rows(int64_t index) const;
+  void strip(int64_t index, int64_t panel, int panels) const;
+
   const GemmKernel& kernel;
   const PackedWeight& packed;
   const quantize_rows::Args& a;
   const EpilogueArgs& out;
-  int64_t first_row, rows;
-  int64_t strips = ceil_div(rows, kernel.mr);
-  int64_t steps_per_strip = ceil_div(rows, kernel.row_step) / strips;
-  int64_t longer_strips = ceil_div(rows, kernel.row_step) % strips;
-
-  Piece strip_rows(int64_t index) const;
-  void strip(int64_t index, int64_t panel, int panels) const;
-  void run(const Team& team, Share* shares, int turn) const;
+  const int64_t first_row, rows;
+  const bool by_rows;
+  const int64_t strips, steps_per_strip, longer_strips;  // strips of nearly equal height, in the kernel's row steps
+  int64_t blocks;                                        // of strips
+  int64_t group, groups;                                 // panels of one tile; how many such groups
+  int64_t span, spans;                                   // groups of one task; tasks = blocks x spans
 };
+
+Multiplication::Multiplication(const GemmKernel& kernel, const PackedWeight& packed, const quantize_rows::Args& a,
+                               const EpilogueArgs& out, int64_t first_row, int64_t rows, int threads)
+    : kernel(kernel),
+      packed(packed),
+      a(a),
+      out(out),
+      first_row(first_row),
+      rows(rows),
+      by_rows(rows >= rows_alone * threads || packed.panels() < threads),
+      strips(by_rows ? round_up(ceil_div(rows, kernel.mr), threads) : ceil_div(rows, kernel.mr)),
+      steps_per_strip(ceil_div(rows, kernel.row_step) / strips),
+      longer_strips(ceil_div(rows, kernel.row_step) % strips) {
+  const int64_t largest = (steps_per_strip + (longer_strips > 0)) * kernel.row_step;
+  const int64_t strip_bytes = std::max<int64_t>(1, largest * a.ldc * (kernel.wide ? 2 : 1));
+  blocks = ceil_div(strips, std::max<int64_t>(1, block_bytes / strip_bytes));
+  if (by_rows) blocks = std::min(round_up(blocks, threads), strips);
+  const int64_t widest = std::clamp<int64_t>(kernel.accumulators / largest, 1, max_panels);
+  group = by_rows ? widest : std::min(widest, ceil_div(packed.panels(), threads));
+  groups = ceil_div(packed.panels(), group);
+  // A task walks neighboring groups: the kernels fetch ahead, and what they fetch should be their own.
+  const int64_t work = rows * packed.n_padded * packed.k_padded / (task_grains * kernel.grain);
+  const int64_t tasks = threads * std::clamp<int64_t>(work / threads, 1, most_tasks_per_thread);
+  span = std::clamp<int64_t>(ceil_div(groups * blocks, tasks), 1, groups);
+  spans = ceil_div(groups, span);
+}
 
 // Nearly equal, in whole row steps: no kernel likes a last strip of one row. Without a division, for this is asked per tile.
 Piece Multiplication::strip_rows(int64_t index) const {
   const int64_t begin = index * steps_per_strip + std::min(index, longer_strips);
   const int64_t steps = steps_per_strip + (index < longer_strips);
-  return {begin * kernel.row_step, std::min((begin + steps) * kernel.row_step, rows)};
+  return {std::min(begin * kernel.row_step, rows), std::min((begin + steps) * kernel.row_step, rows)};
+}
+
+// By rows: those of the strips that will be this thread's, so that they are in its cache.
+Piece Multiplication::rows_to_quantize(const Team& team) const {
+  if (!by_rows) return piece(rows, team.rank, team.size);
+  const Piece mine = piece(blocks, team.rank, team.size);
+  return {strip_rows(piece(strips, mine.begin, blocks).begin).begin, strip_rows(piece(strips, mine.end, blocks).begin).begin};
 }
 
 void Multiplication::strip(int64_t index, int64_t panel, int panels) const {
   alignas(64) int32_t acc[std::max(max_mr, max_accumulators) * panel_width];
   const Piece r = strip_rows(index);
+  if (r.begin == r.end) return;  // fewer rows than threads
   const int64_t code_bytes = kernel.wide ? 2 : 1;
   TileArgs tile;
   tile.rows = static_cast<int>(r.end - r.begin);
@@ -116,31 +164,17 @@ void Multiplication::strip(int64_t index, int64_t panel, int panels) const {
 }
 
 void Multiplication::run(const Team& team, Share* shares, int turn) const {
-  const int64_t threads = team.size;
-  const int64_t largest = (steps_per_strip + (longer_strips > 0)) * kernel.row_step;
-  const int64_t row_bytes = std::max<int64_t>(1, a.ldc * (kernel.wide ? 2 : 1));
-  const int64_t widest = std::clamp<int64_t>(kernel.accumulators / largest, 1, max_panels);
-  const int64_t group = std::min(widest, ceil_div(packed.panels(), threads));
-  const int64_t groups = ceil_div(packed.panels(), group);
-  const int64_t work = rows * packed.n_padded * packed.k_padded / (task_grains * kernel.grain);
-  const int64_t wanted = threads * std::clamp<int64_t>(work / threads, 1, most_tasks_per_thread);
-  const int64_t most = std::max<int64_t>(1, strips * groups / wanted);
-  const int64_t block = std::clamp<int64_t>(block_bytes / (largest * row_bytes), 1, most);
-  const int64_t blocks = ceil_div(strips, block);
-  // A task walks neighboring groups: the kernels fetch ahead, and what they fetch should be their own.
-  const int64_t span = std::clamp<int64_t>(ceil_div(groups * blocks, wanted), 1, groups);
-  const int64_t spans = ceil_div(groups, span);
   for (int helped = 0; helped < team.size; ++helped) {
     const int owner = (team.rank + helped) % team.size;
-    const Piece share = piece(blocks * spans, owner, threads);
+    const Piece share = piece(blocks * spans, owner, team.size);
     std::atomic<int64_t>& taken = shares[owner].taken[turn];
     for (int64_t task; (task = share.begin + taken.fetch_add(1, std::memory_order_relaxed)) < share.end;) {
-      const int64_t first = task / spans * block, last = std::min(first + block, strips);
+      const Piece block = piece(strips, task / spans, blocks);
       const int64_t begin = task % spans * span, end = std::min(begin + span, groups);
       for (int64_t g = begin; g < end; ++g) {
         const int64_t panel = g * group;
         const int count = static_cast<int>(std::min(group, packed.panels() - panel));
-        for (int64_t i = first; i < last; ++i) strip(i, panel, count);
+        for (int64_t i = block.begin; i < block.end; ++i) strip(i, panel, count);
       }
     }
   }
@@ -177,11 +211,12 @@ void gemm(const GemmKernel& kernel, const quantize_rows::Kernel& quantizer, cons
       const int64_t rows = std::min(chunk, call.m - first);
       quantize_rows::Args mine = a;
       mine.x = static_cast<const char*>(a.x) + first * a.ldx * (a.x_type == DType::f32 ? 4 : 2);
-      const Piece r = piece(rows, team.rank, team.size);
+      const Multiplication multiplication(kernel, packed, mine, call.out, first, rows, team.size);
+      const Piece r = multiplication.rows_to_quantize(team);
       quantizer.rows(mine, r.begin, r.end);
       team.barrier();
       shares[team.rank].taken[1 - turn].store(0, std::memory_order_relaxed);
-      Multiplication{kernel, packed, mine, call.out, first, rows}.run(team, shares, turn);
+      multiplication.run(team, shares, turn);
       if (first + chunk < call.m) team.barrier();
     }
   });
