@@ -100,25 +100,6 @@ uint32_t detect() { return isa_scalar; }
 
 #endif
 
-// Instruction sets that some kernel of this build is compiled for.
-constexpr uint32_t built_isas = isa_scalar
-#if HALFBYTE_AVX2
-                                | isa_avx2
-#endif
-#if HALFBYTE_AVX_VNNI
-                                | isa_avx_vnni
-#endif
-#if HALFBYTE_AVX512
-                                | isa_avx512
-#endif
-#if HALFBYTE_AVX512_VNNI
-                                | isa_avx512_vnni
-#endif
-#if HALFBYTE_AMX_INT8
-                                | isa_amx_int8
-#endif
-    ;
-
 // With -DHALFBYTE_EMULATE=ON (tests only) some kernels are built on emulated intrinsics; they run wherever the rest of
 // what they imply does.
 uint32_t with_emulated(uint32_t found) {
@@ -140,7 +121,7 @@ const IsaInfo* supported_info(const std::string& name, const char* origin) {
     throw std::runtime_error(std::string(origin) + ": this machine lacks '" + name +
                              "'. `halfbyte doctor` lists what it has.");
   }
-  if (!(built_isas & info.bit)) {
+  if (!(built_isas() & info.bit)) {
     throw std::runtime_error(std::string(origin) + ": this build has no kernel for '" + name +
                              "'. `halfbyte doctor` lists what was built.");
   }
@@ -168,6 +149,26 @@ const IsaInfo& isa_info(const std::string& name) {
     known += std::string(known.empty() ? "" : ", ") + info.name;
   }
   fail("unknown instruction set '", name, "': this architecture has ", known);
+}
+
+uint32_t built_isas() {
+  return isa_scalar
+#if HALFBYTE_AVX2
+         | isa_avx2
+#endif
+#if HALFBYTE_AVX_VNNI
+         | isa_avx_vnni
+#endif
+#if HALFBYTE_AVX512
+         | isa_avx512
+#endif
+#if HALFBYTE_AVX512_VNNI
+         | isa_avx512_vnni
+#endif
+#if HALFBYTE_AMX_INT8
+         | isa_amx_int8
+#endif
+      ;
 }
 
 uint32_t supported_isas() {

@@ -17,6 +17,7 @@ struct IsaInfo {
 std::span<const IsaInfo> isas();               // of this architecture, weakest first
 const IsaInfo& isa_info(const std::string&);   // throws std::invalid_argument, naming the known ones
 uint32_t supported_isas();                     // detected once
+uint32_t built_isas();                         // those that some kernel of this build is compiled for
 uint32_t active_isas();                        // supported, cut down by force_isa() or HALFBYTE_ISA
 
 // Forces an instruction set for the calling thread; an empty name ends that. Returns the previous name.
