@@ -22,7 +22,6 @@ enum Isa : uint32_t {
 };
 
 struct KernelInfo {
-  const char* op;
   const char* name;
   const char* isa;
   uint32_t needs;  // the Isa bit of the file that the kernel lives in

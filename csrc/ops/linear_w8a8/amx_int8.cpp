@@ -60,8 +60,14 @@ void tile(const TileArgs& t) { return t.rows > tile_rows ? tile_of<true>(t) : ti
 namespace halfbyte::linear_w8a8 {
 
 constinit const GemmKernel kernel_amx_int8 = {
-    {"linear_w8a8", "linear_w8a8_32x32x64_amx_int8", "amx_int8", isa_amx_int8},
-    amx_int8::mr, 1, false, 1, 1 << 20, amx_int8::tile, amx_int8::epilogue,
+    .info = {"linear_w8a8_32x32x64_amx_int8", "amx_int8", isa_amx_int8},
+    .mr = amx_int8::mr,
+    .row_step = 1,
+    .wide = false,
+    .accumulators = 1,
+    .grain = 1 << 20,
+    .tile = amx_int8::tile,
+    .epilogue = amx_int8::epilogue,
 };
 
 }  // namespace halfbyte::linear_w8a8

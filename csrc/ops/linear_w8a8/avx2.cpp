@@ -188,7 +188,14 @@ void tile(const TileArgs& t) {
 namespace halfbyte::linear_w8a8 {
 
 constinit const GemmKernel kernel_avx2 = {
-    {"linear_w8a8", "linear_w8a8_48x32x4_avx2", "avx2", isa_avx2}, avx2::mr, avx2::strip, true, 1, 1 << 17, avx2::tile, avx2::epilogue,
+    .info = {"linear_w8a8_48x32x4_avx2", "avx2", isa_avx2},
+    .mr = avx2::mr,
+    .row_step = avx2::strip,
+    .wide = true,
+    .accumulators = 1,
+    .grain = 1 << 17,
+    .tile = avx2::tile,
+    .epilogue = avx2::epilogue,
 };
 
 }  // namespace halfbyte::linear_w8a8

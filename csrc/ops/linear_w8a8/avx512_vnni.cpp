@@ -72,21 +72,20 @@ void tile_of(const TileArgs& t) {
 }
 
 using TileFunction = void (*)(const TileArgs&);
-constexpr TileFunction none = nullptr;
-// [rows - 1][panels - 1]
+// [rows - 1][panels - 1]; empty where the accumulators would not fit
 constexpr TileFunction tiles[mr][max_panels] = {
     {tile_of<1, 1>, tile_of<1, 2>, tile_of<1, 3>, tile_of<1, 4>},
     {tile_of<2, 1>, tile_of<2, 2>, tile_of<2, 3>, tile_of<2, 4>},
     {tile_of<3, 1>, tile_of<3, 2>, tile_of<3, 3>, tile_of<3, 4>},
-    {tile_of<4, 1>, tile_of<4, 2>, tile_of<4, 3>, none},
-    {tile_of<5, 1>, tile_of<5, 2>, none, none},
-    {tile_of<6, 1>, tile_of<6, 2>, none, none},
-    {tile_of<7, 1>, none, none, none},
-    {tile_of<8, 1>, none, none, none},
-    {tile_of<9, 1>, none, none, none},
-    {tile_of<10, 1>, none, none, none},
-    {tile_of<11, 1>, none, none, none},
-    {tile_of<12, 1>, none, none, none},
+    {tile_of<4, 1>, tile_of<4, 2>, tile_of<4, 3>, nullptr},
+    {tile_of<5, 1>, tile_of<5, 2>, nullptr, nullptr},
+    {tile_of<6, 1>, tile_of<6, 2>, nullptr, nullptr},
+    {tile_of<7, 1>, nullptr, nullptr, nullptr},
+    {tile_of<8, 1>, nullptr, nullptr, nullptr},
+    {tile_of<9, 1>, nullptr, nullptr, nullptr},
+    {tile_of<10, 1>, nullptr, nullptr, nullptr},
+    {tile_of<11, 1>, nullptr, nullptr, nullptr},
+    {tile_of<12, 1>, nullptr, nullptr, nullptr},
 };
 
 void tile(const TileArgs& t) { tiles[t.rows - 1][t.panels - 1](t); }
@@ -97,8 +96,14 @@ void tile(const TileArgs& t) { tiles[t.rows - 1][t.panels - 1](t); }
 namespace halfbyte::linear_w8a8 {
 
 constinit const GemmKernel kernel_avx512_vnni = {
-    {"linear_w8a8", "linear_w8a8_12x32x4_avx512_vnni", "avx512_vnni", isa_avx512_vnni},
-    avx512_vnni::mr, 1, false, avx512_vnni::accumulators, 1 << 19, avx512_vnni::tile, avx512_vnni::epilogue,
+    .info = {"linear_w8a8_12x32x4_avx512_vnni", "avx512_vnni", isa_avx512_vnni},
+    .mr = avx512_vnni::mr,
+    .row_step = 1,
+    .wide = false,
+    .accumulators = avx512_vnni::accumulators,
+    .grain = 1 << 19,
+    .tile = avx512_vnni::tile,
+    .epilogue = avx512_vnni::epilogue,
 };
 
 }  // namespace halfbyte::linear_w8a8

@@ -84,8 +84,14 @@ void tile(const TileArgs& t) {
 namespace halfbyte::linear_w8a8 {
 
 constinit const GemmKernel kernel_avx_vnni = {
-    {"linear_w8a8", "linear_w8a8_6x32x4_avx_vnni", "avx_vnni", isa_avx_vnni},
-    avx_vnni::mr, 1, false, 1, 1 << 18, avx_vnni::tile, avx_vnni::epilogue,
+    .info = {"linear_w8a8_6x32x4_avx_vnni", "avx_vnni", isa_avx_vnni},
+    .mr = avx_vnni::mr,
+    .row_step = 1,
+    .wide = false,
+    .accumulators = 1,
+    .grain = 1 << 18,
+    .tile = avx_vnni::tile,
+    .epilogue = avx_vnni::epilogue,
 };
 
 }  // namespace halfbyte::linear_w8a8

@@ -43,7 +43,14 @@ void tile(const TileArgs& t) {
 namespace halfbyte::linear_w8a8 {
 
 constinit const GemmKernel kernel_scalar = {
-    {"linear_w8a8", "linear_w8a8_4x32x4_scalar", "scalar", isa_scalar}, 4, 1, false, 1, 1 << 13, scalar::tile, scalar::epilogue,
+    .info = {"linear_w8a8_4x32x4_scalar", "scalar", isa_scalar},
+    .mr = 4,
+    .row_step = 1,
+    .wide = false,
+    .accumulators = 1,
+    .grain = 1 << 13,
+    .tile = scalar::tile,
+    .epilogue = scalar::epilogue,
 };
 
 }  // namespace halfbyte::linear_w8a8

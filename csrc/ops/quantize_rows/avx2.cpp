@@ -6,7 +6,7 @@
 namespace halfbyte::quantize_rows {
 
 constinit const Kernel kernel_avx2 = {
-    {"quantize_rows", "quantize_rows_avx2", "avx2", isa_avx2},
+    {"quantize_rows_avx2", "avx2", isa_avx2},
     HALFBYTE_ISA::rows,
 };
 

@@ -6,7 +6,7 @@
 namespace halfbyte::quantize_rows {
 
 constinit const Kernel kernel_avx512 = {
-    {"quantize_rows", "quantize_rows_avx512", "avx512", isa_avx512},
+    {"quantize_rows_avx512", "avx512", isa_avx512},
     HALFBYTE_ISA::rows,
 };
 

@@ -6,7 +6,7 @@
 namespace halfbyte::quantize_rows {
 
 constinit const Kernel kernel_scalar = {
-    {"quantize_rows", "quantize_rows_scalar", "scalar", isa_scalar},
+    {"quantize_rows_scalar", "scalar", isa_scalar},
     HALFBYTE_ISA::rows,
 };
 
