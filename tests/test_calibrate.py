@@ -122,6 +122,33 @@ def test_half_precision_and_empty_batches():
     assert all(statics(model))
 
 
+def test_inputs_passed_by_name():
+    class ByName(nn.Sequential):
+        def forward(self, x):
+            return self[0](x=x)
+
+    model, x = hb.quantize_(ByName(nn.Linear(16, 8))), torch.randn(3, 16)
+    with hb.calibrate(model):
+        model(x)
+    want = quantize_rows_ref(x.reshape(1, -1))
+    assert statics(model) == [(want.scale.item(), want.zero.item())]
+
+
+@pytest.mark.parametrize("observer", ["minmax", "percentile", "mse"])
+def test_ranges_up_to_the_largest_float32(observer):
+    x = torch.full((4, 16), 3e38)
+    x[:2] = -3e38
+    scale, zero = feed(observer, x)
+    assert scale == pytest.approx(6e38 / 255, rel=0.1) and zero in (-1, 0)
+
+
+def test_only_modules_are_calibrated():
+    with pytest.raises(hb.DTypeError, match="calibrate takes a model"), hb.calibrate(None):
+        pass
+    with pytest.raises(hb.DTypeError, match="decalibrate_ takes a model"):
+        hb.decalibrate_(torch.zeros(3))
+
+
 def test_layers_that_did_not_run_are_named_and_kept():
     model = make()
     model[2].static = (0.5, 1)

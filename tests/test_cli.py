@@ -267,3 +267,11 @@ def test_bench_with_an_isa_that_the_machine_lacks(capsys):
         capsys, "bench", "linear", "-m", "1", "-n", "8", "-k", "8", "--isa", missing[0], "--vs", "none"
     )
     assert status == 2 and missing[0] in err
+
+
+@pytest.mark.parametrize(
+    "command", [["linear", "-m", "1", "-n", "8", "-k", "8", "--vs", "none"], ["overhead"]]
+)
+def test_bench_with_an_unknown_isa_in_the_environment(command):
+    done = spawn("bench", *command, HALFBYTE_ISA="mmx")
+    assert done.returncode == 2 and "error: HALFBYTE_ISA" in done.stderr and "Traceback" not in done.stderr

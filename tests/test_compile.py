@@ -82,6 +82,11 @@ def test_changed_codes_are_packed_again():
     scale.mul_(2)
     same(linear_w8a8(x, codes, scale), -2 * y)
     same(linear_w8a8(x, codes, scale.clone() / 2), -y)
+    y = linear_w8a8(x, codes, scale)
+    codes.data = -codes.data  # the same tensor, of the same version
+    same(linear_w8a8(x, codes, scale), -y)
+    scale.data = scale.data * 2
+    same(linear_w8a8(x, codes, scale), -2 * y)
     # Memory that is freed and used again must not bring an old pack back.
     for _ in range(20):
         q = hb.quantize(torch.randn(12, 24))

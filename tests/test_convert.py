@@ -1,10 +1,8 @@
-"""quantize_ and quantize_dynamic: which layers, ties, reports, and a model left whole by every failure."""
+"""quantize_: which layers, ties, reports, and models of torch and transformers."""
 
 from __future__ import annotations
 
 import copy
-import gc
-import weakref
 
 import pytest
 import torch
@@ -13,61 +11,7 @@ from torch import nn
 import halfbyte as hb
 from corecall import same
 from halfbyte.reference import linear_w8a8_ref
-
-
-class Block(nn.Module):
-    def __init__(self, width=16):
-        super().__init__()
-        self.up, self.act, self.down = (
-            nn.Linear(width, 2 * width),
-            nn.ReLU(),
-            nn.Linear(2 * width, width, bias=False),
-        )
-
-    def forward(self, x):
-        return x + self.down(self.act(self.up(x)))
-
-
-class Model(nn.Module):
-    def __init__(self, blocks=3):
-        super().__init__()
-        self.embed = nn.Embedding(10, 16)
-        self.blocks = nn.ModuleList(Block() for _ in range(blocks))
-        self.norm = nn.LayerNorm(16)
-        self.head = nn.Linear(16, 10)
-
-    def forward(self, tokens):
-        x = self.embed(tokens)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x))
-
-
-TOKENS = torch.tensor([[1, 2, 3], [4, 5, 6]])
-
-
-def quantized(model):
-    return {name for name, module in model.named_modules() if isinstance(module, hb.QLinear)}
-
-
-def report(model):
-    return {row["name"]: (row["action"], row["reason"]) for row in model._halfbyte_report}
-
-
-def snapshot(model):
-    return (
-        [(name, type(m), id(m)) for name, m in model.named_modules()],
-        {k: v.clone() if not v.is_meta else v for k, v in model.state_dict().items()},
-    )
-
-
-def assert_untouched(model, before):
-    modules, state = snapshot(model)
-    assert modules == before[0] and list(state) == list(before[1])
-    for name, value in state.items():
-        if not value.is_meta:
-            assert torch.equal(value.nan_to_num(99), before[1][name].nan_to_num(99)), name
-    assert not hasattr(model, "_halfbyte_report")
+from models import TOKENS, Model, assert_untouched, quantized, report, snapshot, tied
 
 
 def test_all_linear_layers():
@@ -206,12 +150,6 @@ def test_tied_linears_share_their_codes():
     assert model[0]._prepare() is model[2]._prepare()
 
 
-def tied():
-    model = Model(1)
-    model.head.weight = model.embed.weight
-    return model
-
-
 def test_a_weight_tied_to_an_embedding_stays_float():
     model = hb.quantize_(tied())
     assert type(model.head) is nn.Linear and model.head.weight is model.embed.weight
@@ -233,80 +171,6 @@ def test_tied_to_an_excluded_linear():
     model[1].weight = model[0].weight
     hb.quantize_(model, exclude="0")
     assert quantized(model) == {"2"} and "shares its weight with 0" in report(model)["1"][1]
-
-
-def bad_nan(model):
-    model.blocks[2].down.weight.data[3, 5] = torch.nan
-
-
-def bad_meta(model):
-    model.blocks[2].down.to("meta")
-
-
-def bad_dtype(model):
-    model.blocks[2].down.double()
-
-
-def bad_empty(model):
-    model.blocks[2].down = nn.Linear(0, 16)
-
-
-def bad_bias(model):
-    model.blocks[2].down.bias = nn.Parameter(torch.zeros(16, dtype=torch.complex64))
-
-
-@pytest.mark.parametrize(
-    ("spoil", "error", "says"),
-    [
-        (bad_nan, hb.NonFiniteError, r"blocks\.2\.down\.weight .*row 3"),
-        (bad_meta, hb.DeviceError, r"blocks\.2\.down\.weight is on the meta device"),
-        (bad_dtype, hb.DTypeError, r"blocks\.2\.down\.weight has the dtype torch.float64"),
-        (bad_empty, hb.ShapeError, r"blocks\.2\.down\.weight has the shape \(16, 0\)"),
-        (bad_bias, hb.DTypeError, r"blocks\.2\.down\.bias has the dtype"),
-    ],
-)
-@pytest.mark.filterwarnings("ignore:Initializing zero-element")
-def test_a_bad_layer_leaves_the_model_as_it_was(spoil, error, says):
-    model = Model()
-    spoil(model)
-    before = snapshot(model)
-    with pytest.raises(error, match=says):
-        hb.quantize_(model)
-    assert_untouched(model, before)
-    hb.quantize_(model, exclude="blocks.2.down")
-    assert "blocks.2.down" not in quantized(model)
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "says"),
-    [
-        ({"scheme": "w9a9"}, hb.SchemeError, "w9a9"),
-        ({"scheme": {"head": "w9a9", "_default": "w8a8"}}, hb.SchemeError, "w9a9"),
-        ({"include": "re:("}, ValueError, "'re:\\('"),
-    ],
-)
-def test_bad_arguments_leave_the_model_as_it_was(options, error, says):
-    model = Model()
-    before = snapshot(model)
-    with pytest.raises(error, match=says):
-        hb.quantize_(model, **options)
-    assert_untouched(model, before)
-
-
-def test_float_weights_are_released_as_layers_are_replaced(monkeypatch):
-    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(6)))
-    weights = [weakref.ref(layer.weight) for layer in model]
-    alive = []
-    quantize = hb.quantize
-
-    def watched(*args, **kwargs):
-        gc.collect()
-        alive.append(sum(ref() is not None for ref in weights))
-        return quantize(*args, **kwargs)
-
-    monkeypatch.setattr("halfbyte.convert.quantize", watched)
-    hb.quantize_(model)
-    assert alive == [6, 5, 4, 3, 2, 1] and not any(ref() is not None for ref in weights)
 
 
 def test_conv1d_of_transformers():
@@ -348,29 +212,3 @@ def test_transformer_encoder_of_torch(mode):
         y = encoder(x)
     assert quantized(encoder) == {f"layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)}
     assert nn.functional.cosine_similarity(y.flatten(), exact.flatten(), dim=0) > 0.999 and ran
-
-
-def test_quantize_dynamic_is_a_drop_in():
-    model = Model(1)
-    before = snapshot(model)
-    copied = hb.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
-    assert_untouched(model, before)
-    assert quantized(copied) == {"head", "blocks.0.up", "blocks.0.down"}
-    assert quantized(hb.quantize_dynamic(model)) == quantized(copied)
-    assert quantized(hb.quantize_dynamic(model, {"blocks.0"})) == {"blocks.0.up", "blocks.0.down"}
-    assert quantized(hb.quantize_dynamic(model, ["head"])) == {"head"}
-    assert hb.quantize_dynamic(model, {nn.Linear}, inplace=True) is model and quantized(model)
-
-
-def test_quantize_dynamic_refuses_what_it_cannot_do():
-    model = Model(1)
-    before = snapshot(model)
-    with pytest.raises(TypeError, match="pattern: scheme"):
-        hb.quantize_dynamic(model, {nn.Linear: None})
-    with pytest.raises(TypeError, match="float16"):
-        hb.quantize_dynamic(model, dtype=torch.float16)
-    with pytest.raises(TypeError, match="neither a module type"):
-        hb.quantize_dynamic(model, {3})
-    with pytest.warns(UserWarning, match="LSTM stay float"):
-        hb.quantize_dynamic(model, {nn.Linear, nn.LSTM})
-    assert_untouched(model, before)

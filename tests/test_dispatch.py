@@ -172,3 +172,43 @@ def test_an_empty_environment_variable_forces_nothing():
     with hb.force_isa(None):
         default = in_subprocess("", SELECT)
     assert default.returncode == 0, default.stderr
+
+
+USES = {
+    "quantize": "quantize(w)",
+    "linear": "linear(w, packed)",
+    "kernel": "PackedWeight(packed.core, packed.scheme).kernel",
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_bad_environment_is_an_isa_error_of_the_library(use):
+    code = f"""
+import numpy as np, halfbyte as hb
+from halfbyte import *
+from halfbyte import _core
+w = np.ones((3, 4), np.float32)
+codes, scale = w.astype(np.int8), w[:, 0].copy()
+packed = PackedWeight(_core.pack_linear_w8a8(codes.ctypes.data, 3, 4, 4, scale.ctypes.data), Scheme(8, 8))
+try:
+    {USES[use]}
+except IsaError as error:
+    print(error)
+"""
+    done = in_subprocess("avx1024", code)
+    assert "HALFBYTE_ISA" in done.stdout and "avx1024" in done.stdout, done.stderr
+
+
+def test_a_layer_under_a_bad_environment_raises_the_same_every_time():
+    pytest.importorskip("torch")
+    code = """
+import torch, halfbyte as hb
+q = hb.QuantizedTensor(torch.ones(3, 4, dtype=torch.int8), torch.ones(3), hb.Scheme(8, 8))
+layer = hb.QLinear(q)
+for _ in range(3):
+    try:
+        layer(torch.ones(2, 4))
+    except hb.IsaError as error:
+        print("avx1024" in str(error))
+"""
+    assert in_subprocess("avx1024", code).stdout.split() == ["True"] * 3

@@ -138,8 +138,6 @@ def test_views_of_one_memory_are_saved_apart(tmp_path):
 
     model = hb.quantize_(Views(torch.arange(6.0)))
     hb.save(model, tmp_path)
-    fresh = hb.load(Views(torch.zeros(18)[::3].clone()), tmp_path)
-    assert fresh.head.tolist() == [0, 1, 2] or fresh.tail.tolist() == [2, 3, 4, 5]
     apart = Views(torch.zeros(6))
     apart.head, apart.tail, apart.turned = torch.zeros(3), torch.zeros(4), torch.zeros(3, 2)
     assert same_state(state(hb.load(apart, tmp_path)), state(model))
@@ -162,12 +160,14 @@ def test_a_crash_at_any_step_leaves_the_old_or_the_new_model(saved, monkeypatch,
     model, out = saved
     old = state(model)
     model.two.weight_codes.neg_()
-    calls = []
+    calls, os_close = [], os.close
 
     def crash(f):
         def wrapped(*args, **kwargs):
             calls.append(f)
             if len(calls) == step + 1:
+                if f is os_close:
+                    f(*args)  # a close that fails has closed
                 raise OSError("disk full")
             return f(*args, **kwargs)
 

@@ -146,6 +146,9 @@ CHANGES = {
     "bias dropped": lambda m: setattr(m, "bias", None),
     "static": lambda m: setattr(m, "static", (0.05, 7)),
     "static in place": lambda m: (setattr(m, "static", (0.05, 7)), m(torch.ones(70)), m.input_scale.mul_(2)),
+    "codes given other memory": lambda m: setattr(m.weight_codes, "data", -m.weight_codes.data),
+    "scale given other memory": lambda m: setattr(m.weight_scale, "data", m.weight_scale.data * 2),
+    "bias given other memory": lambda m: setattr(m.bias, "data", m.bias.data + 1),
     "zero point in place": lambda m: (
         setattr(m, "static", (0.05, 7)),
         m(torch.ones(70)),
@@ -302,6 +305,39 @@ def test_mistakes_are_explained(x, error, says):
         with pytest.raises(error, match=says):
             layer(x)
         layer(torch.randn(1, 70))
+
+
+@pytest.mark.parametrize("activation", ["swish", None, ["relu"]])
+def test_activation_must_be_one_that_is_known(activation):
+    layer = make()
+    with pytest.raises(ValueError, match="is none of: none, relu"):
+        layer.activation = activation
+    with pytest.raises(ValueError, match="is none of: none, relu"):
+        hb.QLinear(layer.quantized, activation=activation)
+    assert layer.activation == "none"
+    assert hb.QLinear(layer.quantized, activation="silu").activation == "silu"
+
+
+def test_errors_name_the_layer_and_the_cure():
+    layer = hb.QLinear.from_linear(nn.Linear(4, 4), name="head")
+    assert "name" not in layer.state_dict() and copy.deepcopy(layer).name == "head"
+    for x in (torch.ones(2, 4).double(), torch.ones(2, 4, requires_grad=True).double()):
+        with pytest.raises(hb.DTypeError, match="^head: x has the dtype torch.float64.*cast it"):
+            layer(x)
+
+
+def test_layers_made_in_inference_mode_count_their_changes(monkeypatch):
+    with torch.inference_mode():
+        layer = make()
+        layer.static = (0.02, 3)
+    assert not any(buffer.is_inference() for buffer in layer.buffers())
+    packs = []
+    pack = hb.pack
+    monkeypatch.setattr("halfbyte.torch_ops.pack", lambda q: (packs.append(q), pack(q))[1])
+    x = torch.randn(2, 70, requires_grad=True)
+    for _ in range(3):
+        layer(x)
+    assert len(packs) == 1
 
 
 def test_static_must_be_a_quantization():

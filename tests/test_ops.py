@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import halfbyte as hb
 from corecall import same
@@ -203,6 +204,49 @@ X = torch.randn(5, 70)
 def test_mistakes_are_explained(layer, args, options, error, says):
     with pytest.raises(error, match=says):
         hb.linear(args[0], layer[1], **options)
+
+
+def freed():
+    x = torch.randn(5, 70)
+    x.untyped_storage().resize_(0)
+    return x
+
+
+def fake():
+    with FakeTensorMode():
+        return torch.randn(5, 70)
+
+
+@pytest.mark.parametrize("make", [freed, fake, lambda: torch._efficientzerotensor((5, 70))])
+def test_tensors_without_memory_are_refused(layer, make):
+    q, packed, _ = layer
+    x = make()
+    with pytest.raises(hb.DeviceError, match="x has no memory of its own"):
+        hb.linear(x, packed)
+    with pytest.raises(hb.DeviceError, match="weight has no memory of its own"):
+        hb.quantize(x)
+    with pytest.raises(hb.DeviceError, match="residual has no memory of its own"):
+        hb.linear(X[:, :33], hb.pack(hb.quantize(torch.randn(70, 33))), residual=x)
+
+
+def test_negated_bias_and_residual(layer):
+    q, packed, bias = layer
+    residual = torch.randn(5, 33)
+    y = hb.linear(X, packed, torch._neg_view(bias), residual=torch._neg_view(residual))
+    same(y, hb.linear(X, packed, -bias, residual=-residual))
+
+
+@pytest.mark.parametrize("numpy", [False, True])
+@pytest.mark.parametrize("shape", [(5,), (2, 3), (0,), ()])
+@pytest.mark.parametrize(("n", "k"), [(4, 0), (0, 6), (0, 0)])
+def test_no_channels_and_no_features(n, k, shape, numpy):
+    q = hb.QuantizedTensor(torch.empty(n, k, dtype=torch.int8), torch.ones(n), hb.Scheme(8, 8))
+    x, bias = torch.randn(*shape, k), torch.randn(n)
+    if numpy:
+        q = hb.QuantizedTensor(q.codes.numpy(), q.scale.numpy(), q.scheme)
+        x, bias = x.numpy(), bias.numpy()
+    y = torch.as_tensor(hb.linear(x, hb.pack(q), bias, activation="relu"))
+    same(y, torch.as_tensor(bias).relu().expand(*shape, n).contiguous())
 
 
 def test_quantized_is_not_packed(layer):

@@ -35,6 +35,10 @@ def model():
 IDS = torch.arange(6).reshape(2, 3)
 
 
+def packed(layer):
+    return hb.pack(layer.quantized).nbytes
+
+
 def by_name(summary):
     return {layer.name: layer for layer in summary.layers}
 
@@ -45,8 +49,9 @@ def test_layers_without_inputs(model):
     up = layers["up"]
     assert (up.in_features, up.out_features, up.scheme) == (24, 40, "w8a8")
     assert up.kernel == hb.pack(model.up.quantized).kernel
-    assert up.float_bytes == 4 * (24 * 40 + 40) and up.bytes == 24 * 40 + 4 * 40 + 4 * 40
-    assert layers["down"].float_bytes == 4 * 24 * 40 and layers["down"].bytes == 24 * 40 + 4 * 24
+    assert up.float_bytes == 4 * (24 * 40 + 40) and up.bytes == 24 * 40 + 4 * 40 + 4 * 40 + packed(model.up)
+    assert layers["down"].float_bytes == 4 * 24 * 40
+    assert layers["down"].bytes == 24 * 40 + 4 * 24 + packed(model.down)
     assert (up.ms, up.float_ms, up.error, up.why_float) == (None, None, None, "")
     head = layers["head"]
     assert (head.scheme, head.kernel, head.bytes) == ("float", "torch", 4 * (24 * 3 + 3))
@@ -111,7 +116,7 @@ def test_shared_weights_count_once():
     hb.quantize_(model, progress=False)
     summary = hb.summary(model)
     assert sum(layer.float_bytes for layer in summary.layers) == total
-    assert sum(layer.bytes for layer in summary.layers) == 8 * 8 + 4 * 8 + 2 * 4 * 8
+    assert sum(layer.bytes for layer in summary.layers) == 8 * 8 + 4 * 8 + 2 * 4 * 8 + packed(model[0])
 
 
 def test_forms_agree(model):
@@ -131,3 +136,30 @@ def test_float_layers_of_transformers():
     transformers = pytest.importorskip("transformers.pytorch_utils", reason="Conv1D belongs to transformers")
     (row,) = hb.summary(transformers.Conv1D(6, 4), torch.randn(2, 4)).layers
     assert (row.in_features, row.out_features, row.scheme) == (4, 6, "float") and row.float_ms > 0
+
+
+def test_what_is_timed_is_a_call_as_users_make_it(model, monkeypatch):
+    seen = []
+    handle = model.up.register_forward_hook(lambda *_: seen.append("hook"))
+    checked = hb.QLinear._checked
+    monkeypatch.setattr(hb.QLinear, "_checked", lambda self, x: (seen.append("checked"), checked(self, x))[1])
+    hb.summary(model, {"ids": IDS, "twice": False})
+    # Two layers run once in the model and once, before the short way is prepared, in their twins.
+    assert seen.count("checked") == 4 and seen.count("hook") == 1
+    handle.remove()
+
+
+def test_a_call_does_not_build_its_plan_again(model):
+    layer, x = model.up, torch.randn(3, 2, 24).transpose(0, 1)
+    layer(x)
+    plan = layer._plan
+    layer(x)
+    assert layer._plan is plan
+    layer.weight_codes.neg_()
+    layer(x)
+    assert layer._plan is not plan
+
+
+def test_only_modules_are_summarized():
+    with pytest.raises(hb.DTypeError, match="summary takes a model .* not NoneType"):
+        hb.summary(None)

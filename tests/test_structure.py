@@ -79,8 +79,8 @@ def test_isa_names_agree():
         assert known == set(ISAS)
 
 
-# What an ISA file may reach, through our headers too: a standard container's inline functions, compiled with the
-# flags of an ISA, could be the copy that the linker keeps for everyone.
+# What an ISA file may reach, through our headers too: a standard container's inline functions, compiled with
+# the flags of an ISA, could be the copy that the linker keeps for everyone.
 HARMLESS = {"immintrin.h", "stdint.h", "string.h", "cstddef", "cstdint", "cmath", "cstring"}
 
 

@@ -13,20 +13,54 @@ namespace {
 
 constexpr int64_t line = 64, huge_page = int64_t{2} << 20;
 
+#if defined(__linux__)
+// Not from malloc, which may hand out memory that is already there in small pages: after a program has freed a few big
+// arrays, glibc serves 16 MB from its heap, and one token through such a 4096x4096 weight took twice as long.
+uint8_t* map_huge(int64_t bytes) {
+  const int64_t spare = bytes + huge_page;
+  void* const whole = mmap(nullptr, spare, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (whole == MAP_FAILED) throw std::bad_alloc();
+  uint8_t* const begin = static_cast<uint8_t*>(whole);
+  const int64_t before = (huge_page - reinterpret_cast<intptr_t>(begin) % huge_page) % huge_page;
+  if (before) munmap(begin, before);
+  munmap(begin + before + bytes, spare - before - bytes);
+  // Best effort: a kernel without huge pages serves the same bytes more slowly.
+  (void)madvise(begin + before, bytes, MADV_HUGEPAGE);
+  return begin + before;
+}
+#endif
+
 }  // namespace
 
 Buffer::Buffer(int64_t bytes) : size_(bytes) {
-  const int64_t alignment = bytes >= huge_page ? huge_page : line;
-  const int64_t rounded = round_up(bytes > 0 ? bytes : 1, alignment);
-  data_.reset(static_cast<uint8_t*>(std::aligned_alloc(alignment, rounded)));
+#if defined(__linux__)
+  if (bytes >= huge_page) {
+    const int64_t mapped = round_up(bytes, huge_page);
+    data_ = {map_huge(mapped), Free{mapped}};
+    return;
+  }
+#endif
+  data_.reset(static_cast<uint8_t*>(std::aligned_alloc(line, round_up(bytes > 0 ? bytes : 1, line))));
   if (!data_) throw std::bad_alloc();
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  // Best effort: a kernel without huge pages serves the same bytes more slowly.
-  if (alignment == huge_page) (void)madvise(data_.get(), rounded, MADV_HUGEPAGE);
+}
+
+void Buffer::settle() const {
+#if defined(__linux__)
+  // Where no huge page was free at the first touch, Linux 6.1 and later makes some now. Best effort, as above.
+  constexpr int collapse = 25;  // MADV_COLLAPSE, which older headers do not name
+  if (data_.get_deleter().mapped) (void)madvise(data_.get(), data_.get_deleter().mapped, collapse);
 #endif
 }
 
-void Buffer::Free::operator()(uint8_t* p) const { std::free(p); }
+void Buffer::Free::operator()(uint8_t* p) const {
+#if defined(__linux__)
+  if (mapped) {
+    munmap(p, mapped);
+    return;
+  }
+#endif
+  std::free(p);
+}
 
 PackedWeight::PackedWeight(const char* op, int64_t n, int64_t k)
     : op(op),

@@ -22,13 +22,15 @@ class Buffer {
   Buffer() = default;
   explicit Buffer(int64_t bytes);
   uint8_t* data() const { return data_.get(); }
+  void settle() const;  // after filling: huge pages that could not be had at first
   int64_t size() const { return size_; }
 
  private:
   struct Free {
+    int64_t mapped;  // bytes of a mapping of its own; 0: from the heap
     void operator()(uint8_t* p) const;
   };
-  std::unique_ptr<uint8_t, Free> data_;
+  std::unique_ptr<uint8_t, Free> data_{nullptr, Free{0}};
   int64_t size_ = 0;
 };
 
@@ -39,6 +41,7 @@ class PackedWeight {
   const char* const op;
   const int64_t n, k, n_padded, k_padded;
 
+  void settle() const { buffer_.settle(); }  // the last step of packing
   int64_t panels() const { return n_padded / panel_width; }
   int64_t panel_bytes() const { return panel_width * k_padded; }
   int64_t nbytes() const { return buffer_.size(); }

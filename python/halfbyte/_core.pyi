@@ -67,7 +67,8 @@ class LinearPlan:
 
     watched: (buffer name, tensor or None, its version or -1); a buffer that is another one now, or was
     changed in place, makes the plan stale. recorders: functions that return something true while a mode or a
-    tracer has to see the call. forward_ad: the variables of torch.autograd.forward_ad. hooks: dictionaries that are empty unless a hook has to run.
+    tracer has to see the call. forward_ad: the variables of torch.autograd.forward_ad. hooks: dictionaries
+    that are empty unless a hook has to run.
     """
 
     def __init__(
@@ -84,6 +85,4 @@ class LinearPlan:
         static_scale: float,
         static_zero: int,
     ) -> None: ...
-    def __call__(
-        self, x: object, activation: int, threads: int, hooks_checked: bool
-    ) -> object | None: ...
+    def __call__(self, x: object, activation: int, threads: int, hooks_checked: bool) -> object | None: ...

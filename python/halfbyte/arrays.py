@@ -5,6 +5,7 @@ torch is never imported here: only a process that has imported it can pass one o
 
 from __future__ import annotations
 
+import math
 import sys
 from functools import cache
 from typing import Any
@@ -43,7 +44,7 @@ class _Numpy:
         return x.__array_interface__["data"][0]
 
     def rows(self, x: np.ndarray, k: int) -> tuple[np.ndarray, int]:
-        a = x.reshape(-1, k)
+        a = x.reshape(math.prod(x.shape[:-1]), k)
         (outer, inner), size = a.strides, a.itemsize
         dense = (inner == size or k == 1) and (len(a) <= 1 or (outer >= k * size and outer % size == 0))
         if not (dense and a.flags.aligned):
@@ -76,6 +77,18 @@ class _Torch:
             raise DeviceError(
                 f"{what} has the layout {x.layout}; the kernels take dense tensors: call .to_dense()"
             )
+        if not self._has_memory(x):
+            raise DeviceError(
+                f"{what} has no memory of its own (a fake, freed or wrapped tensor); pass a plain tensor"
+            )
+
+    def _has_memory(self, x: Any) -> bool:
+        if wraps(x):
+            return False
+        try:
+            return x.numel() == 0 or (x.untyped_storage().nbytes() > 0 and x.data_ptr() != 0)
+        except RuntimeError:  # a tensor of vmap and its kind
+            return False
 
     def dtype(self, spec: object) -> Any:
         return spec
@@ -84,13 +97,13 @@ class _Torch:
         return self.torch.empty(shape, dtype=dtype, device="cpu")
 
     def cast(self, x: Any, dtype: Any) -> Any:
-        return x.detach().to(dtype).contiguous()
+        return x.detach().resolve_neg().to(dtype).contiguous()
 
     def pointer(self, x: Any) -> int:
         return x.data_ptr()
 
     def rows(self, x: Any, k: int) -> tuple[Any, int]:
-        a = x.detach().resolve_neg().reshape(-1, k)
+        a = x.detach().resolve_neg().reshape(math.prod(x.shape[:-1]), k)
         outer, inner = a.stride()
         if (inner != 1 and k > 1) or (len(a) > 1 and outer < k):
             a = a.contiguous()
@@ -119,6 +132,11 @@ def kind_of(x: object, what: str) -> Kind:
     return kind
 
 
+def wraps(tensor: Any) -> bool:
+    """Whether a torch tensor is of a subclass that runs operations itself: a fake or quantized one, say."""
+    return type(tensor).__torch_dispatch__ is not sys.modules["torch"].Tensor.__torch_dispatch__
+
+
 def check_kind(kind: Kind, x: object, what: str, like: str) -> None:
     """DTypeError or DeviceError unless `x` is readable memory of the given kind."""
     if not kind.owns(x):
@@ -131,7 +149,7 @@ def float_code(kind: Kind, dtype: Any, what: str) -> int:
     code = kind.codes.get(dtype, I32)
     if code == I32:
         names = ", ".join(str(d).removeprefix("torch.") for d, c in kind.codes.items() if c != I32)
-        raise DTypeError(f"{what} has the dtype {dtype}; as {kind.name} it must be one of: {names}")
+        raise DTypeError(f"{what} has the dtype {dtype}; as {kind.name} it must be one of: {names}; cast it")
     return code
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ModelError, NonFiniteError
+from .modules import check_module
 from .qlinear import QLinear
 from .quantize import TINY
 
@@ -35,6 +36,7 @@ def calibrate(model: nn.Module, observer: str = "minmax", percentile: float = 99
     Raises ModelError for a model without a QLinear, ValueError for an unknown observer or percentile,
     NonFiniteError naming the layer when an input holds a NaN or an infinity.
     """
+    check_module(model, "calibrate")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QLinear)}
     if not layers:
         raise ModelError(
@@ -49,7 +51,8 @@ def calibrate(model: nn.Module, observer: str = "minmax", percentile: float = 99
     try:
         for name, layer in layers.items():
             layer.static = None
-            hooks.append(layer.register_forward_pre_hook(partial(_watch, observers[name], name)))
+            watch = partial(_watch, observers[name], name)
+            hooks.append(layer.register_forward_pre_hook(watch, with_kwargs=True))
         yield model
         found = {name: static_range(*watch.range()) for name, watch in observers.items() if watch.seen}
         done = True
@@ -68,6 +71,7 @@ def decalibrate_(model: nn.Module) -> nn.Module:
     """Make every QLinear of `model` dynamic again, in place: a scale and zero point per token. Returns the
     model.
     """
+    check_module(model, "decalibrate_")
     for module in model.modules():
         if isinstance(module, QLinear):
             module.static = None
@@ -86,10 +90,11 @@ def static_range(low: float, high: float) -> tuple[float, int]:
     return float(scale), int(zero)
 
 
-def _watch(observer: _MinMax, name: str, layer: QLinear, args: tuple) -> None:
-    x = args[0].detach().float()
-    if x.numel() == 0:
+def _watch(observer: _MinMax, name: str, layer: QLinear, args: tuple, kwargs: dict) -> None:
+    x = args[0] if args else kwargs.get("x")
+    if not isinstance(x, Tensor) or x.numel() == 0:  # the layer itself explains what is wrong with it
         return
+    x = x.detach().float()
     low, high = (bound.item() for bound in torch.aminmax(x))
     if not np.isfinite([low, high]).all():
         raise NonFiniteError(f"calibrate: the input of {name or 'the model'} holds a NaN or an infinity")
@@ -138,6 +143,7 @@ class _Histogram(_MinMax):
         while self.limit < max(-low, high):
             self.limit *= 2
             self.counts = np.pad(self.counts.reshape(-1, 2).sum(1), self.BINS // 4)
+        x = x.double() if self.limit > 2.0**126 else x  # a range of float32 bounds must be a float32 itself
         self.counts += torch.histc(x, self.BINS, -self.limit, self.limit).double().numpy()
 
     def edges(self) -> np.ndarray:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import fnmatch
 import re
-import sys
+import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -14,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .arrays import check_vector, float_code, kind_of
-from .errors import DTypeError, ModelError, ShapeError
+from .arrays import check_vector, kind_of
+from .errors import DTypeError, ModelError
+from .modules import check_module, extra_attributes, is_linear, join, obstacle, replace, shape_of, sites
 from .qlinear import QLinear
-from .quantize import K_MAX, QuantizedTensor, non_finite, quantize
+from .quantize import QuantizedTensor, quantize
 from .scheme import Scheme
 
 Rules = str | Scheme | Mapping[str, "str | Scheme | None"]
@@ -39,47 +42,64 @@ def quantize_(
     scheme: one scheme, or {pattern: scheme or None}, of which the first pattern that fits a layer's name
     decides and the key "_default" the layers that none fits (None, and an absent "_default": stays float).
     Patterns are fnmatch globs, or regular expressions after "re:", matched against the whole dotted name.
-    include, exclude: patterns that a layer must, or must not, fit.
+    include, exclude: patterns that a layer must, or must not, fit. A layer that the model holds under several
+    names fits where one of them does.
 
     Layers that share one weight share its codes. A weight shared with something that stays float (an
     embedding) stays float too, unless a pattern of `include` or of the mapping asks for its layer, which then
     gets a copy of its own. `model._halfbyte_report` lists, per layer: name, shape, action ("quantized" or
     "float") and reason.
 
-    All layers are checked before the first one is replaced, so that an error leaves the model as it was. Each
-    float weight is then released as soon as its layer is replaced, so that the model shrinks while it is
-    converted; only an interrupt there leaves a mixed model, which works, and which a second call completes.
+    An error leaves the model as it was, and so does Ctrl-C: every layer is quantized once for trial before
+    the first one is replaced. Each float weight is then released as its layer is replaced, so that the model
+    shrinks while it is converted; Ctrl-C waits for the end of that. Running out of memory there, or a signal
+    other than SIGINT, leaves a mixed model, which works, and which a second call completes.
 
     Raises ModelError (nothing to quantize), NonFiniteError, DeviceError, DTypeError, ShapeError, each naming
     the layer, and SchemeError.
     """
+    check_module(model, "quantize_")
     rules = _Rules(scheme, include, exclude)
     names = [
-        name for name, module in model.named_modules() if isinstance(module, QLinear) or is_linear(module)
+        name
+        for its_names, module, _ in sites(model)
+        for name in its_names
+        if isinstance(module, QLinear) or is_linear(module)
     ]
     if names and (idle := rules.idle(names)):
         warnings.warn(f"quantize_: no linear layer has a name that fits {', '.join(idle)}", stacklevel=2)
-    return _convert(model, rules.decide, progress)
+    chosen, report = _choose(model, rules.decide)
+    if not chosen:
+        reasons = [f"{row['name'] or 'the model itself'}: {row['reason']}" for row in report]
+        raise ModelError(
+            f"nothing to quantize in this {type(model).__name__}: "
+            + ("; ".join(reasons[:8]) or "it has no nn.Linear and no Conv1D")
+        )
+    return _convert(model, chosen, report, progress)
 
 
 def quantize_dynamic(
     model: nn.Module,
     qconfig_spec: Iterable[type | str] | None = None,
     dtype: torch.dtype = torch.qint8,
-    *,
+    mapping: None = None,
     inplace: bool = False,
 ) -> nn.Module:
     """Drop-in for torch.ao.quantization.quantize_dynamic: int8 linear layers, on a copy unless `inplace`.
 
     qconfig_spec: a set of module types and of names of submodules (with all that is below them); {nn.Linear}
     by default. Of the types, nn.Linear is quantized; for another one there is a warning, and it stays float.
+    Where there is no such layer nothing is replaced, as in torch. Float weights that are to be replaced are
+    not copied.
 
-    Raises TypeError for the dict of qconfigs that torch also takes, and for a dtype other than torch.qint8.
+    Raises TypeError for the dict of qconfigs and the mapping that torch also takes, and for a dtype other
+    than torch.qint8.
     """
-    if isinstance(qconfig_spec, Mapping):
+    check_module(model, "quantize_dynamic")
+    if mapping is not None or isinstance(qconfig_spec, Mapping | str | type):
         raise DTypeError(
-            "quantize_dynamic: qconfig objects have no meaning here; pass a set of types and names, or use "
-            "quantize_(model, {pattern: scheme})"
+            "quantize_dynamic: a mapping and qconfig objects have no meaning here; pass a set of types and "
+            "names as qconfig_spec, or use quantize_(model, {pattern: scheme})"
         )
     if dtype not in (torch.qint8, torch.int8):
         raise DTypeError(f"quantize_dynamic: dtype {dtype} is not supported; weights become torch.qint8")
@@ -93,18 +113,24 @@ def quantize_dynamic(
         warnings.warn(
             f"quantize_dynamic: {', '.join(others)} stay float; only nn.Linear is quantized", stacklevel=2
         )
-    names = [item for item in spec if isinstance(item, str)]
+    prefixes = {item for item in spec if isinstance(item, str)}
+    if unknown := sorted(prefixes.difference(*(names for names, *_ in sites(model)))):
+        warnings.warn(f"quantize_dynamic: no module is named {', '.join(unknown)}", stacklevel=2)
     scheme = Scheme.parse("w8a8")
 
-    def decide(name: str, module: nn.Module) -> _Decision:
+    def decide(names: list[str], module: nn.Module) -> _Decision:
         if type(module) is not nn.Linear:
             return _Decision(None, f"{type(module).__name__} is not in qconfig_spec")
         if nn.Linear in spec:
             return _Decision(scheme)
-        named = any(name == prefix or name.startswith(prefix + ".") for prefix in names)
+        named = any(f"{name}.".startswith(f"{prefix}.") for prefix in prefixes for name in names)
         return _Decision(scheme, asked=True) if named else _Decision(None, "not named in qconfig_spec")
 
-    return _convert(model if inplace else copy.deepcopy(model), decide, progress=True)
+    if not inplace:
+        # A weight that nothing float holds: no reason says that it is shared.
+        gone = [layer.module.weight for layer in _choose(model, decide)[0] if not layer.decision.reason]
+        model = copy.deepcopy(model, {id(weight): weight for weight in gone})
+    return _convert(model, *_choose(model, decide), progress=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,15 +156,15 @@ class _Rules:
     def idle(self, names: list[str]) -> list[str]:
         """The patterns that fit none of the names, quoted."""
         patterns = [*self.mapping, *(self.include or ()), *self.exclude]
-        return [repr(p.text) for p in patterns if not any(map(p.fits, names))]
+        return [repr(p.text) for p in patterns if not p.fits(*names)]
 
-    def decide(self, name: str, module: nn.Module) -> _Decision:
-        if any(p.fits(name) for p in self.exclude):
+    def decide(self, names: list[str], module: nn.Module) -> _Decision:
+        if any(p.fits(*names) for p in self.exclude):
             return _Decision(None, "excluded")
-        if self.include is not None and not any(p.fits(name) for p in self.include):
+        if self.include is not None and not any(p.fits(*names) for p in self.include):
             return _Decision(None, "not included")
         for pattern, scheme in self.mapping.items():
-            if pattern.fits(name):
+            if pattern.fits(*names):
                 return _Decision(
                     scheme, "" if scheme else f"the mapping says None for {pattern.text!r}", asked=True
                 )
@@ -151,6 +177,8 @@ class _Pattern:
     """A glob, or a regular expression after "re:", for whole dotted names."""
 
     def __init__(self, text: str):
+        if not isinstance(text, str):
+            raise DTypeError(f"{text!r} is no pattern for names of layers: it must be a string")
         self.text = text
         expression = text[3:] if text.startswith("re:") else fnmatch.translate(text)
         try:
@@ -158,8 +186,9 @@ class _Pattern:
         except re.error as error:
             raise ValueError(f"the pattern {text!r} is no regular expression: {error}") from None
 
-    def fits(self, name: str) -> bool:
-        return self.regex.fullmatch(name) is not None
+    def fits(self, *names: str) -> bool:
+        """Whether it fits one of the names."""
+        return any(map(self.regex.fullmatch, names))
 
 
 def _patterns(texts: str | Iterable[str]) -> list[_Pattern]:
@@ -187,78 +216,56 @@ class _Layer:
     def row(self) -> dict[str, Any]:
         return {
             "name": self.name,
-            "shape": tuple(self.weight.shape),
+            "shape": shape_of(self.module),
             "action": "quantized" if self.decision.scheme else "float",
             "reason": self.decision.reason,
         }
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether quantize_ replaces `module`: an nn.Linear or a Conv1D of transformers, not a subclass."""
-    transformers = sys.modules.get("transformers.pytorch_utils")
-    return type(module) is nn.Linear or (transformers is not None and type(module) is transformers.Conv1D)
-
-
-def sites(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[tuple[nn.Module, str]]]]:
-    """Every module of the model once: its first name, itself, and all (parent, attribute) that hold it."""
-    found: dict[nn.Module, list[tuple[nn.Module, str]]] = {model: []}
-    for parent in model.modules():
-        for attribute, child in parent._modules.items():
-            if child is not None:
-                found.setdefault(child, []).append((parent, attribute))
-    for name, module in model.named_modules():
-        yield name, module, found[module]
-
-
-def replace(places: list[tuple[nn.Module, str]], module: nn.Module) -> None:
-    """Put `module` at every (parent, attribute)."""
-    for parent, attribute in places:
-        parent._modules[attribute] = module
-
-
-def _convert(model: nn.Module, decide: Callable[[str, nn.Module], _Decision], progress: bool) -> nn.Module:
+def _choose(
+    model: nn.Module, decide: Callable[[list[str], nn.Module], _Decision]
+) -> tuple[list[_Layer], list[dict]]:
+    """The layers to quantize, and the report."""
     layers, report = _find(model, decide)
     _settle_ties(model, layers)
-    report += [layer.row() for layer in layers]
-    chosen = [layer for layer in layers if layer.decision.scheme is not None]
-    if not chosen:
-        reasons = [f"{row['name'] or 'the model itself'}: {row['reason']}" for row in report]
-        raise ModelError(
-            f"nothing to quantize in this {type(model).__name__}: "
-            + ("; ".join(reasons[:8]) or "it has no nn.Linear and no Conv1D")
-        )
-    for layer in chosen:
-        _check(layer)
+    return [x for x in layers if x.decision.scheme is not None], [*report, *(x.row() for x in layers)]
 
-    codes: dict[tuple, QuantizedTensor] = {}
+
+def _convert(model: nn.Module, chosen: list[_Layer], report: list[dict], progress: bool) -> nn.Module:
+    # Float weights go as their codes come, so that the model shrinks while it is converted; what can fail has
+    # to fail before the first of them goes. The rehearsal makes the codes of every layer and drops them.
     for layer in _progress_bar(chosen, progress):
-        old = layer.module
-        key = id(old.weight), layer.decision.scheme, layer.is_conv1d
-        if key not in codes:
-            codes[key] = quantize(layer.weight, layer.decision.scheme, name=join(layer.name, "weight"))
-        new = QLinear(codes[key], old.bias, float_dtype=old.weight.dtype).train(old.training)
-        replace(layer.sites, new)
-        if old is model:
-            model = new
-        layer.module = old = None  # the float weight goes, unless another layer still waits for it
-    model._halfbyte_report = report
+        _make(layer)
+    codes: dict[tuple, QuantizedTensor] = {}
+    with _uninterrupted():
+        for layer in chosen:  # no bar: writing to a closed terminal raises
+            old, key = layer.module, (id(layer.module.weight), layer.decision.scheme, layer.is_conv1d)
+            new = _make(layer, codes.get(key))
+            codes[key] = new.quantized
+            replace(layer.sites, new)
+            if old is model:
+                model = new
+            layer.module = old = None  # the float weight goes, unless another layer still waits for it
+        model._halfbyte_report = report
     return model
 
 
-def _find(model: nn.Module, decide: Callable[[str, nn.Module], _Decision]) -> tuple[list[_Layer], list[dict]]:
+def _find(
+    model: nn.Module, decide: Callable[[list[str], nn.Module], _Decision]
+) -> tuple[list[_Layer], list[dict]]:
     """The float linear layers with what is decided for each, and report rows of those that cannot change."""
     layers, report = [], []
-    for name, module, places in sites(model):
+    for names, module, places in sites(model):
+        name = names[0]
         if is_linear(module):
-            reason = _obstacle(module)
-            layers.append(
-                _Layer(name, module, places, _Decision(None, reason) if reason else decide(name, module))
-            )
+            reason = obstacle(module)
+            decision = _Decision(None, reason) if reason else decide(names, module)
+            layers.append(_Layer(name, module, places, decision))
         elif isinstance(module, QLinear):
             report.append(
                 {
                     "name": name,
-                    "shape": module.quantized.shape,
+                    "shape": shape_of(module),
                     "action": "quantized",
                     "reason": "was quantized before",
                 }
@@ -267,23 +274,12 @@ def _find(model: nn.Module, decide: Callable[[str, nn.Module], _Decision]) -> tu
             report.append(
                 {
                     "name": name,
-                    "shape": (module.out_features, module.in_features),
+                    "shape": shape_of(module),
                     "action": "float",
                     "reason": f"{type(module).__name__} is a subclass of nn.Linear",
                 }
             )
     return layers, report
-
-
-def _obstacle(module: nn.Module) -> str:
-    """Why a linear layer cannot be swapped without losing something; empty where it can."""
-    if "weight" not in module._parameters:
-        return "its weight is computed by a hook (weight_norm?), not a parameter"
-    if module._forward_hooks or module._forward_pre_hooks:
-        return "it has forward hooks, which a replacement would lose"
-    if "forward" in vars(module):
-        return "its forward was replaced on the instance"
-    return ""
 
 
 def _settle_ties(model: nn.Module, layers: list[_Layer]) -> None:
@@ -307,26 +303,35 @@ def _settle_ties(model: nn.Module, layers: list[_Layer]) -> None:
             )
 
 
-def _check(layer: _Layer) -> None:
-    """Everything that could make the quantization of this layer fail."""
-    name, weight, bias = join(layer.name, "weight"), layer.weight.detach(), layer.module.bias
-    kind = kind_of(weight, name)
-    float_code(kind, weight.dtype, name)
-    n, k = weight.shape
-    if n == 0 or not 0 < k <= K_MAX:
-        raise ShapeError(
-            f"{name} has the shape ({n}, {k}); it must have at least one row, and rows of 1 to {K_MAX} "
-            "elements; exclude the layer"
-        )
-    if bias is not None:
-        check_vector(kind, bias, n, join(layer.name, "bias"), name)
-    if not all(bound.isfinite() for bound in torch.aminmax(weight)):
-        raise non_finite(name, int(weight.isfinite().all(1).int().argmin()))
+def _make(layer: _Layer, q: QuantizedTensor | None = None) -> QLinear:
+    """The layer that takes the place of a float one; `q`: its codes, where another layer has them already."""
+    old, name = layer.module, join(layer.name, "weight")
+    q = q or quantize(layer.weight, layer.decision.scheme, name=name)
+    if old.bias is not None:
+        check_vector(kind_of(q.codes, name), old.bias, q.shape[0], join(layer.name, "bias"), name)
+    new = QLinear(q, old.bias, float_dtype=old.weight.dtype, name=layer.name or "the model")
+    for attribute, value in extra_attributes(old).items():
+        if not hasattr(new, attribute):
+            setattr(new, attribute, value)
+    return new.train(old.training)
 
 
-def join(module: str, name: str) -> str:
-    """Dotted name of something in a module, whose own name is empty for the whole model."""
-    return f"{module}.{name}" if module else name
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C within the block takes effect at its end."""
+    main = threading.current_thread() is threading.main_thread()  # the only one that Python interrupts
+    previous = signal.getsignal(signal.SIGINT) if main else None
+    if previous is None:  # or a handler that is not Python's
+        yield
+        return
+    came = []
+    signal.signal(signal.SIGINT, lambda *args: came.append(args))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if came:
+        signal.raise_signal(signal.SIGINT)
 
 
 def _progress_bar(layers: list[_Layer], wanted: bool) -> Iterable[_Layer]:

@@ -12,6 +12,20 @@ from .errors import IsaError
 thread_override = 0
 
 
+class _IsaErrors:
+    """A context that makes the RuntimeError of the core, which HALFBYTE_ISA causes, an IsaError."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
+        if isinstance(error, RuntimeError):
+            raise IsaError(str(error)) from None
+
+
+isa_errors = _IsaErrors()
+
+
 def kernels(op: str | None = None) -> list[dict]:
     """Every kernel built in, best first per op: dicts of op, name, isa and supported (by this machine)."""
     return [row for row in _core.kernels() if op in (None, row["op"])]

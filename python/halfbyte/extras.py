@@ -31,10 +31,11 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Without the warnings and log messages of other packages, some of which greet every import."""
-    logging.disable(logging.WARNING)
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)

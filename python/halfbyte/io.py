@@ -7,42 +7,44 @@ import warnings
 from collections.abc import Mapping
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import manifest
-from .convert import is_linear, join, replace, sites
 from .errors import DeviceError, FormatError, ModelError
+from .extras import require
 from .manifest import LayerEntry, Manifest
+from .modules import check_module, is_linear, join, obstacle, replace, shape_of, sites
 from .qlinear import QLinear
-from .quantize import QuantizedTensor
+from .quantize import QuantizedTensor, check_static
+
+safetensors = require("safetensors", extra="torch", purpose="saving and loading")
+save_file = require("safetensors.torch", extra="torch", purpose="saving and loading").save_file
 
 
 def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Write a quantized model, its float parameters and buffers included, to a directory, which may exist.
 
-    halfbyte.json says what the layers are, model-<digest>.safetensors holds the tensors; no pickle. A model
+    halfbyte.json says what the layers are, model-<hash>.safetensors holds the tensors; no pickle. A model
     saved there before is replaced whole or, after an error or a crash, not at all; other files of the
-    directory are left alone.
+    directory are left alone. Of several processes that save to one directory, the last one wins.
 
-    Raises ModelError for a model without quantized layers or with state that is no tensor, DeviceError for
-    one with tensors on the meta device, OSError.
+    Raises ModelError for a model without quantized layers, with a static scale that is none or with state
+    that is no tensor, DeviceError for one with tensors on the meta device, OSError.
     """
-    layers = {
-        name: LayerEntry(
-            m.scheme, m.in_features, m.out_features, m.bias is not None, m.static is not None, m.activation
-        )
-        for name, m in model.named_modules()
-        if isinstance(m, QLinear)
-    }
+    check_module(model, "save")
+    layers = {name: _entry(name, m) for name, m in model.named_modules() if isinstance(m, QLinear)}
     if not layers:
         raise ModelError(
             f"this {type(model).__name__} has no quantized layer; call halfbyte.quantize_ first, or save it "
             "with torch"
         )
     tensors, aliases = _distinct(model.state_dict())
-    with manifest.replacing(directory, layers, aliases) as path:
+    floats = {
+        row["name"]: row["reason"]
+        for row in getattr(model, "_halfbyte_report", ())
+        if row["action"] == "float"
+    }
+    with manifest.replacing(directory, layers, aliases, floats) as path:
         save_file(tensors, path)
 
 
@@ -54,13 +56,15 @@ def load(model: nn.Module, directory: str | os.PathLike[str], *, strict: bool = 
     that is itself a linear layer is returned anew. `strict=False` warns of names that only the file or only
     the model has, instead of raising.
 
-    Raises FormatError, before anything in the model is touched: the files are truncated, corrupt, foreign or
-    from a newer version, or belong to another model.
+    Raises, before anything in the model is touched: FormatError where the files are truncated, corrupt,
+    foreign or from a newer version, or belong to another model; ModelError for a layer with hooks or other
+    things that its replacement would lose.
     """
+    check_module(model, "load")
     saved = manifest.read(directory)
     manifest.check_weights(saved)
     tensors = _tensors(saved)
-    found = {name: (module, places) for name, module, places in sites(model)}
+    found = {name: (module, places) for names, module, places in sites(model) for name in names}
     swaps, problems = [], []
     for name, entry in saved.layers.items():
         if name not in found:
@@ -89,7 +93,26 @@ def load(model: nn.Module, directory: str | os.PathLike[str], *, strict: bool = 
         for name, target in state.items():
             if name in tensors and target is not tensors[name]:
                 target.copy_(tensors[name])
+    root._halfbyte_report = [
+        {"name": name, "shape": (entry.out, entry.in_), "action": "quantized", "reason": ""}
+        for name, entry in saved.layers.items()
+    ] + [
+        {"name": name, "shape": shape_of(found[name][0]), "action": "float", "reason": reason}
+        for name, reason in saved.floats.items()
+        if name in found and (is_linear(found[name][0]) or isinstance(found[name][0], nn.Linear))
+    ]
     return root
+
+
+def _entry(name: str, m: QLinear) -> LayerEntry:
+    if m.static is not None:
+        try:
+            check_static(m.static)
+        except ValueError as error:
+            raise ModelError(f"{name or 'the model'}: {error}") from None
+    return LayerEntry(
+        m.scheme, m.in_features, m.out_features, m.bias is not None, m.static is not None, m.activation
+    )
 
 
 def _distinct(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -124,15 +147,16 @@ def _distinct(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
 def _tensors(saved: Manifest) -> dict[str, Tensor]:
     """Name -> tensor; aliases are one object, and buffers of quantized layers have their own memory."""
     try:
-        with safe_open(saved.weights, "pt") as file:
+        with torch.inference_mode(False), safetensors.safe_open(saved.weights, "pt") as file:
             names = file.keys()
             tensors = {name: file.get_tensor(name) for name in names}
-    except SafetensorError as error:
+    except safetensors.SafetensorError as error:
         raise FormatError(f"{saved.weights} is no safetensors file ({error}); save the model again") from None
     for name in saved.layers:
         for buffer in ("weight_codes", "weight_scale", "bias", "input_scale", "input_zero"):
             if (full := join(name, buffer)) in tensors:
-                tensors[full] = tensors[full].clone()
+                with torch.inference_mode(False):
+                    tensors[full] = tensors[full].clone()
     for alias, name in saved.aliases.items():
         if name not in tensors:
             raise FormatError(
@@ -146,20 +170,19 @@ def _layer(
     saved: Manifest, name: str, entry: LayerEntry, module: nn.Module, tensors: dict[str, Tensor]
 ) -> QLinear:
     """The quantized layer that is to take the place of `module`."""
-    if isinstance(module, QLinear) or type(module) is nn.Linear:
-        shape = module.out_features, module.in_features
-    elif is_linear(module):
-        shape = tuple(module.weight.t().shape)
-    else:
+    if not (isinstance(module, QLinear) or is_linear(module)):
         raise FormatError(
             f"{saved.directory} has a linear layer {name!r}, which in the model is a "
             f"{type(module).__name__}; build the model as it was built for saving"
         )
-    if shape != (entry.out, entry.in_):
+    n, k = shape_of(module)
+    if (n, k) != (entry.out, entry.in_):
         raise FormatError(
             f"{saved.directory} has {name!r} with {entry.in_} -> {entry.out} features, the model with "
-            f"{shape[1]} -> {shape[0]}; build the model as it was built for saving"
+            f"{k} -> {n}; build the model as it was built for saving"
         )
+    if is_linear(module) and (reason := obstacle(module)):
+        raise ModelError(f"load: {name or 'the model'} cannot be replaced: {reason}")
 
     def take(buffer: str, dtype: torch.dtype, *shape: int) -> Tensor:
         tensor = tensors.get(full := join(name, buffer))
@@ -176,14 +199,16 @@ def _layer(
         entry.scheme,
     )
     bias = take("bias", torch.float32, entry.out) if entry.bias else None
-    layer = QLinear(q, bias, float_dtype=module.weight.dtype).train(module.training)
-    layer.activation = entry.activation
+    layer = QLinear(
+        q, bias, activation=entry.activation, float_dtype=module.weight.dtype, name=name or "the model"
+    )
     if entry.static:
-        layer.input_scale, layer.input_zero = (
-            take("input_scale", torch.float32),
-            take("input_zero", torch.int32),
-        )
-    return layer
+        static = take("input_scale", torch.float32).item(), take("input_zero", torch.int32).item()
+        try:
+            layer.static = static
+        except ValueError as error:
+            raise FormatError(f"{saved.weights}: {name}: {error}; save the model again") from None
+    return layer.train(module.training)
 
 
 def _compare(saved: Manifest, state: Mapping[str, Tensor], tensors: dict[str, Tensor]) -> list[str]:

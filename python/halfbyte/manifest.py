@@ -4,22 +4,25 @@
      "weights": {"file": "model-<16 hex digits>.safetensors", "bytes": 123, "sha256": "..."},
      "layers": {"encoder.0": {"scheme": "w8a8", "in": 384, "out": 1536, "bias": true, "static": false,
                               "activation": "none"}},
-     "aliases": {"decoder.weight_codes": "encoder.0.weight_codes"}}
+     "aliases": {"decoder.weight_codes": "encoder.0.weight_codes"},
+     "floats": {"head": "excluded"}}
 
-`layers` are the quantized ones; `aliases` are names of tensors that are stored under another name. The
-weights' file is named by its content, so that replacing halfbyte.json alone replaces the model: whole, or not
-at all.
+`layers` are the quantized ones; `aliases` are names of tensors that are stored under another name; `floats`
+says why other linear layers stayed float. The weights' file is named by its content, so that replacing
+halfbyte.json alone replaces the model: whole, or not at all.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import re
 import secrets
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -32,6 +35,8 @@ FILE = "halfbyte.json"
 FORMAT = "halfbyte"
 VERSION = 1
 _WEIGHTS = re.compile(r"model-[0-9a-f]{16}\.safetensors")
+_TEMPORARY = re.compile(r"\.halfbyte-[0-9a-f]{16}\.tmp")
+_STALE_SECONDS = 3600  # no save is at work on a file that has not changed for so long
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,7 @@ class Manifest:
     sha256: str
     layers: dict[str, LayerEntry]
     aliases: dict[str, str]
+    floats: dict[str, str]
 
     @property
     def weights(self) -> Path:
@@ -119,9 +125,10 @@ def _parse(directory: Path, data: dict) -> Manifest:
         if layer.activation not in ACTIVATIONS:
             raise ValueError(f"the activation {layer.activation!r} of {name!r} is unknown")
         layers[name] = layer
-    aliases = field(data, "aliases", dict)
-    for name in aliases:
-        field(aliases, name, str)
+    names = {key: field(data, key, dict) for key in ("aliases", "floats")}
+    for table in names.values():
+        for name in table:
+            field(table, name, str)
     return Manifest(
         directory,
         field(data, "halfbyte_version", str),
@@ -129,7 +136,7 @@ def _parse(directory: Path, data: dict) -> Manifest:
         field(weights, "bytes", int),
         field(weights, "sha256", str),
         layers,
-        aliases,
+        **names,
     )
 
 
@@ -155,13 +162,17 @@ def check_weights(manifest: Manifest) -> None:
         )
 
 
-@contextmanager
+@contextlib.contextmanager
 def replacing(
-    directory: str | os.PathLike[str], layers: dict[str, LayerEntry], aliases: dict[str, str]
+    directory: str | os.PathLike[str],
+    layers: dict[str, LayerEntry],
+    aliases: dict[str, str],
+    floats: dict[str, str],
 ) -> Iterator[Path]:
     """Within the block, write the weights to the path given; at its end they become the model in `directory`.
 
-    After an error, or a crash at any moment, the directory holds the model that it held before.
+    After an error, or a crash at any moment, the directory holds the model that it held before. Where several
+    save at once, the last one wins.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -178,6 +189,7 @@ def replacing(
                     "weights": {"file": file, "bytes": weights.stat().st_size, "sha256": digest},
                     "layers": {name: _entry(layer) for name, layer in layers.items()},
                     "aliases": aliases,
+                    "floats": floats,
                 },
                 indent=1,
             )
@@ -186,20 +198,41 @@ def replacing(
         weights.chmod(text.stat().st_mode)  # safetensors lets nobody else read what it writes
         _to_disk(weights)
         _to_disk(text)
-        os.replace(weights, directory / file)
-        _to_disk(directory)
-        os.replace(text, directory / FILE)
-        _to_disk(directory)
+        with _locked(directory):  # or another save could remove these weights before their JSON is there
+            os.replace(weights, directory / file)
+            _to_disk(directory)
+            os.replace(text, directory / FILE)
+            _to_disk(directory)
+            _sweep(directory, file)
+
+
+def _sweep(directory: Path, file: str) -> None:
+    """Remove the weights that were replaced, and what crashed saves left behind."""
     for old in directory.iterdir():
-        if _WEIGHTS.fullmatch(old.name) and old.name != file:
-            old.unlink()
+        with contextlib.suppress(FileNotFoundError):  # the temporary file of a save that ended just now
+            if _WEIGHTS.fullmatch(old.name) and old.name != file:
+                old.unlink()
+            elif _TEMPORARY.fullmatch(old.name) and time.time() - old.stat().st_mtime > _STALE_SECONDS:
+                old.unlink()
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """No other process or thread is in such a block for the same directory."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks: saves must not overlap there
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _entry(layer: LayerEntry) -> dict:
     return {key.rstrip("_"): value for key, value in asdict(layer).items()} | {"scheme": str(layer.scheme)}
 
 
-@contextmanager
+@contextlib.contextmanager
 def _temporary(directory: Path) -> Iterator[Path]:
     path = directory / f".halfbyte-{secrets.token_hex(8)}.tmp"
     try:

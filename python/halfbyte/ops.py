@@ -6,6 +6,7 @@ from typing import Any
 
 from . import _core
 from .arrays import Array, Kind, check_kind, check_vector, float_code, kind_of
+from .dispatch import isa_errors
 from .errors import DTypeError, ShapeError
 from .pack import PackedWeight
 from .quantize import check_static
@@ -84,22 +85,23 @@ def run_linear(
     residual_args = (0, 0, 0)
     if residual is not None:
         residual, *residual_args = _residual(kind, residual, tuple(out.shape))
-    _core.linear_w8a8(
-        packed.core,
-        len(rows),
-        kind.pointer(rows),
-        ld,
-        x_code,
-        kind.pointer(out),
-        n,
-        out_code,
-        0 if bias is None else kind.pointer(bias),
-        ACTIVATIONS[activation],
-        *residual_args,
-        scale,
-        zero,
-        kind.threads(),
-    )
+    with isa_errors:
+        _core.linear_w8a8(
+            packed.core,
+            len(rows),
+            kind.pointer(rows),
+            ld,
+            x_code,
+            kind.pointer(out),
+            n,
+            out_code,
+            0 if bias is None else kind.pointer(bias),
+            ACTIVATIONS[activation],
+            *residual_args,
+            scale,
+            zero,
+            kind.threads(),
+        )
     return out
 
 

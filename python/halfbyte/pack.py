@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from . import _core
 from .arrays import kind_of
+from .dispatch import isa_errors
 from .errors import DTypeError
 from .quantize import QuantizedTensor
 from .scheme import Scheme
@@ -31,7 +32,8 @@ class PackedWeight:
     @property
     def kernel(self) -> str:
         """Name of the kernel that would run now, on this thread."""
-        return _core.select(self.core.op)
+        with isa_errors:
+            return _core.select(self.core.op)
 
     def __repr__(self) -> str:
         n, k = self.shape
@@ -48,4 +50,6 @@ def pack(q: QuantizedTensor) -> PackedWeight:
     n, k = q.shape
     codes, ld = kind.rows(q.codes, k)
     scale = kind.cast(q.scale, kind.float32)
-    return PackedWeight(_core.pack_linear_w8a8(kind.pointer(codes), n, k, ld, kind.pointer(scale)), q.scheme)
+    with isa_errors:
+        core = _core.pack_linear_w8a8(kind.pointer(codes), n, k, ld, kind.pointer(scale))
+    return PackedWeight(core, q.scheme)

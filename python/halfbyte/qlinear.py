@@ -11,12 +11,13 @@ from torch.compiler import is_compiling
 
 from . import _core, dispatch
 from .arrays import check_vector, kind_of
-from .errors import DTypeError
+from .dispatch import isa_errors
+from .errors import DTypeError, HalfbyteError
 from .ops import ACTIVATIONS, run_linear
 from .pack import PackedWeight
 from .quantize import QuantizedTensor, check_static, quantize
 from .scheme import Scheme
-from .torch_ops import linear_w8a8, packed_weight
+from .torch_ops import linear_w8a8, packed_weight, state
 from .weight_view import WeightView
 
 # Buffers whose values go into the plan of a call. The bias is read in place.
@@ -54,10 +55,17 @@ class QLinear(nn.Module):
 
     activation: none, relu, gelu, gelu_tanh or silu; may be assigned.
     float_dtype: what `weight.dtype` says, that of the float weight before; follows .half() and its kind.
+    name: what errors call the layer; its place in the model where quantize_ or load made it.
     """
 
     def __init__(
-        self, q: QuantizedTensor, bias: Tensor | None = None, *, float_dtype: torch.dtype = torch.float32
+        self,
+        q: QuantizedTensor,
+        bias: Tensor | None = None,
+        *,
+        activation: str = "none",
+        float_dtype: torch.dtype = torch.float32,
+        name: str = "QLinear",
     ):
         super().__init__()
         if not isinstance(q, QuantizedTensor) or not isinstance(q.codes, Tensor):
@@ -66,14 +74,16 @@ class QLinear(nn.Module):
             )
         self.scheme: Scheme = q.scheme
         self.out_features, self.in_features = q.shape
-        self.activation = "none"
+        self.activation = activation
         self.float_dtype = float_dtype
-        self.register_buffer("weight_codes", q.codes)
-        self.register_buffer("weight_scale", q.scale)
-        self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
+        self.name = name
+        self.register_buffer("weight_codes", _counting(q.codes))
+        self.register_buffer("weight_scale", _counting(q.scale))
+        self.register_buffer("bias", None if bias is None else _counting(bias.detach().float().clone()))
         self.register_buffer("input_scale", None)
         self.register_buffer("input_zero", None)
         self._plan: _core.LinearPlan | None = None
+        self._prepared: tuple[list, PackedWeight] | None = None  # what the plan was made of, and its pack
 
     @classmethod
     def from_linear(
@@ -84,7 +94,7 @@ class QLinear(nn.Module):
         Raises what `quantize` raises.
         """
         q = quantize(linear.weight, scheme, name=f"{name}.weight")
-        return cls(q, linear.bias, float_dtype=linear.weight.dtype).train(linear.training)
+        return cls(q, linear.bias, float_dtype=linear.weight.dtype, name=name).train(linear.training)
 
     @property
     def quantized(self) -> QuantizedTensor:
@@ -95,6 +105,17 @@ class QLinear(nn.Module):
     def weight(self) -> WeightView:
         """Stands for the dequantized weight, for code that reads `layer.weight`."""
         return WeightView(self)
+
+    @property
+    def activation(self) -> str:
+        """What follows the product and the bias; assigning another name than those above is a ValueError."""
+        return self._activation
+
+    @activation.setter
+    def activation(self, activation: str) -> None:
+        if not isinstance(activation, str) or activation not in ACTIVATIONS:
+            raise ValueError(f"activation {activation!r} is none of: {', '.join(ACTIVATIONS)}")
+        self._activation = activation
 
     @property
     def static(self) -> tuple[float, int] | None:
@@ -108,15 +129,16 @@ class QLinear(nn.Module):
             return
         scale, zero = check_static(static)
         device = self.weight_codes.device
-        self.input_scale = torch.tensor(scale, dtype=torch.float32, device=device)
-        self.input_zero = torch.tensor(zero, dtype=torch.int32, device=device)
+        with torch.inference_mode(False):
+            self.input_scale = torch.tensor(scale, dtype=torch.float32, device=device)
+            self.input_zero = torch.tensor(zero, dtype=torch.int32, device=device)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # nn.Module's own __call__ takes longer than a small layer; it is needed for hooks and tracers only,
         # and the plan declines where there are any.
         if not is_compiling() and (plan := self._plan) is not None and len(args) == 1 and not kwargs:
             threads = dispatch.thread_override or _get_num_threads()
-            y = plan(args[0], ACTIVATIONS.get(self.activation, -1), threads, False)
+            y = plan(args[0], ACTIVATIONS[self._activation], threads, False)
             if y is not None:
                 return y
         return super().__call__(*args, **kwargs)
@@ -127,20 +149,24 @@ class QLinear(nn.Module):
             return self._operator(x)
         if (plan := self._plan) is not None:
             threads = dispatch.thread_override or _get_num_threads()
-            y = plan(x, ACTIVATIONS.get(self.activation, -1), threads, True)
+            y = plan(x, ACTIVATIONS[self._activation], threads, True)
             if y is not None:
                 return y
         return self._checked(x)
 
     def _checked(self, x: Tensor) -> Tensor:
         """forward with every check, for every kind of input; prepares the short way for the next call."""
-        if not isinstance(x, Tensor):
-            raise DTypeError(f"QLinear: x must be a torch tensor, not {type(x).__name__}")
-        recorded = x.requires_grad and torch.is_grad_enabled()
-        if recorded or x.is_meta or type(x) is not Tensor or any(recorder() for recorder in _RECORDERS):
-            return self._operator(x)
-        packed = self._prepare()
-        return run_linear(x, packed, self.bias, self.activation, None, None, self.static)
+        try:
+            if not isinstance(x, Tensor):
+                raise DTypeError(f"x must be a torch tensor, not {type(x).__name__}")
+            recorded = x.requires_grad and torch.is_grad_enabled()
+            if recorded or x.is_meta or type(x) is not Tensor or any(recorder() for recorder in _RECORDERS):
+                return self._operator(x)
+            packed = self._prepare()
+            return run_linear(x, packed, self.bias, self.activation, None, None, self.static)
+        except (HalfbyteError, ValueError) as error:
+            error.args = (f"{self.name}: {error}",)
+            raise
 
     def _operator(self, x: Tensor) -> Tensor:
         return linear_w8a8(
@@ -156,10 +182,11 @@ class QLinear(nn.Module):
 
     def _prepare(self) -> PackedWeight:
         """Pack, and note what the short way of `forward` (LinearPlan) compares and passes on."""
-        with torch.inference_mode(False):
-            for name in _WATCHED:
-                if (buffer := self._buffers[name]) is not None and buffer.is_inference():
-                    self._buffers[name] = buffer.clone()  # inference tensors do not count their changes
+        for name, buffer in self._buffers.items():
+            self._buffers[name] = buffer if buffer is None else _counting(buffer)
+        if self._prepared is not None and self._prepared[0] == self._states():
+            return self._prepared[1]
+        static = (0.0, 0) if self.static is None else check_static(self.static)
         if self.bias is not None:
             check_vector(
                 kind_of(self.weight_codes, "weight_codes"),
@@ -169,23 +196,32 @@ class QLinear(nn.Module):
                 "weight_codes",
             )
             self._buffers["bias"] = self.bias.float().contiguous()
+        states = self._states()
+        watched = [
+            (name, t, t._version if name in _WATCHED and t is not None else -1)
+            for name, t in self._buffers.items()
+        ]
         packed = packed_weight(self.weight_codes, self.weight_scale)
+        with isa_errors:
+            _core.select(self.scheme.op)  # a plan without a kernel would raise at every call
         self._plan = _core.LinearPlan(
             packed.core,
             self._buffers,
-            [
-                (name, t, t._version if name in _WATCHED and t is not None else -1)
-                for name, t in self._buffers.items()
-            ],
+            watched,
             Tensor,
             _DTYPES,
             _RECORDERS,
             [getattr(self, hooks) for hooks in _HOOKS] + _GLOBAL_HOOKS,
             vars(forward_ad),
             0 if self.bias is None else self.bias.data_ptr(),
-            *(self.static or (0.0, 0)),
+            *static,
         )
+        self._prepared = states, packed
         return packed
+
+    def _states(self) -> list[tuple | None]:
+        """Changes with each buffer that is replaced, changed in place, or given other memory."""
+        return [None if t is None else (id(t), *state(t)) for t in self._buffers.values()]
 
     def _apply(self, fn: Any, recurse: bool = True) -> QLinear:
         kept = {name: self._buffers[name] for name in _FLOAT32_BUFFERS if self._buffers[name] is not None}
@@ -197,7 +233,13 @@ class QLinear(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        if prefix + "weight_codes" in state_dict:  # the file decides whether the layer is static
+        errors: list[str] = args[-1]
+        if prefix + "weight" in state_dict:
+            errors.append(f"{prefix}weight is float and this layer is quantized: load it before quantize_")
+        given = [name for name in ("input_scale", "input_zero") if prefix + name in state_dict]
+        if len(given) == 1:
+            errors.append(f"{prefix}{given[0]} comes alone: a static layer has input_scale and input_zero")
+        elif prefix + "weight_codes" in state_dict:  # the file decides whether the layer is static
             for name in ("input_scale", "input_zero"):
                 saved = state_dict.get(prefix + name)
                 if (saved is None) != (self._buffers[name] is None):
@@ -205,7 +247,7 @@ class QLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_plan": None}
+        return self.__dict__ | {"_plan": None, "_prepared": None}
 
     def extra_repr(self) -> str:
         return (
@@ -213,3 +255,11 @@ class QLinear(nn.Module):
             f"bias={self.bias is not None}, scheme={self.scheme}, "
             f"kernel={_core.select(self.scheme.op)}, static={self.static}"
         )
+
+
+def _counting(tensor: Tensor) -> Tensor:
+    """`tensor`, or a copy of one made in inference mode, which would not count its changes."""
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        return tensor.clone()

@@ -10,12 +10,13 @@ import numpy as np
 
 from . import _core
 from .arrays import Array, check_kind, float_code, kind_of
+from .dispatch import isa_errors
 from .errors import DTypeError, NonFiniteError, ShapeError
 from .scheme import Scheme
 
-K_MAX = (
-    65792  # floor((2^31 - 1) / (255 * 128)): more products of two codes could overflow the int32 accumulator
-)
+# The last multiple of 64, to which k is padded, below (2^31 - 1) / (255 * 128) = 65793.06: more products of
+# two codes could overflow the int32 accumulator.
+K_MAX = 65792
 TINY = 2.0**-100  # a scale below this counts as zero: its inverse would leave float32
 
 
@@ -164,20 +165,21 @@ def _quantize_rows(
         kind.empty((m,), kind.int32),
         kind.empty((m,), kind.int32),
     )
-    _core.quantize_rows(
-        m,
-        k,
-        kind.pointer(rows),
-        ld,
-        code,
-        kind.pointer(out.codes),
-        k,
-        kind.pointer(out.scale),
-        kind.pointer(out.zero),
-        kind.pointer(out.sums),
-        symmetric,
-        static_scale,
-        static_zero,
-        kind.threads(),
-    )
+    with isa_errors:
+        _core.quantize_rows(
+            m,
+            k,
+            kind.pointer(rows),
+            ld,
+            code,
+            kind.pointer(out.codes),
+            k,
+            kind.pointer(out.scale),
+            kind.pointer(out.zero),
+            kind.pointer(out.sums),
+            symmetric,
+            static_scale,
+            static_zero,
+            kind.threads(),
+        )
     return out

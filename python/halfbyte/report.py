@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 
 from . import _core
-from .convert import is_linear
+from .modules import check_module, is_linear, shape_of
 from .qlinear import QLinear
 from .tables import markdown_table, mebibytes, percent, significant, text_table
 
@@ -45,7 +45,7 @@ class LayerSummary:
     scheme: str  # "float" for a layer that was not quantized
     kernel: str  # "torch" for a layer that was not quantized
     float_bytes: int  # weight and bias as float32, or as they are for a layer that was not quantized
-    bytes: int
+    bytes: int  # in memory: codes, scales and bias, and the packed copy of the codes
     float_ms: float | None
     ms: float | None
     error: float | None  # ||quantized - float|| / ||float|| of the output
@@ -114,8 +114,10 @@ def summary(model: torch.nn.Module, example_inputs: object = None) -> Summary:
 
     example_inputs: what `model` is called with once: a tensor, a tuple or list of positional arguments, or a
     mapping of keyword arguments. The call runs in evaluation mode without gradients; the model is left as it
-    was. The error is measured against the dequantized weights, since the original ones are gone.
+    was. The error is measured against the dequantized weights, since the original ones are gone. Times are
+    those of calling the layer, without hooks. Layers that have not run yet are packed.
     """
+    check_module(model, "summary")
     reasons = {entry["name"]: entry["reason"] for entry in getattr(model, "_halfbyte_report", ())}
     targets = {
         name: module
@@ -129,25 +131,36 @@ def summary(model: torch.nn.Module, example_inputs: object = None) -> Summary:
     layers, counted = [], set()
     for name, module in targets.items():
         own = {key: tensor for key, tensor in _tensors(module).items() if key not in counted}
-        counted |= own.keys()
-        layers.append(_layer(name, module, own.values(), measured.get(name), reasons.get(name, "")))
+        packs = {key: size for key, size in packed_bytes(module).items() if key not in counted}
+        counted |= own.keys() | packs.keys()
+        packed = sum(packs.values())
+        layers.append(_layer(name, module, own.values(), packed, measured.get(name), reasons.get(name, "")))
     other = sum(t.nbytes for key, t in _tensors(model).items() if key not in counted)
     return Summary(tuple(layers), other, torch.get_num_threads())
 
 
+def packed_bytes(model: torch.nn.Module) -> dict[int, int]:
+    """Sizes of the packed weights of a model, by pack, since layers may share one; packs what has not run."""
+    layers = [m for m in model.modules() if isinstance(m, QLinear) and not m.weight_codes.is_meta]
+    return {id(pack): pack.nbytes for pack in [layer._prepare() for layer in layers]}
+
+
 def _layer(
-    name: str, module: torch.nn.Module, own: Collection[torch.Tensor], times: tuple | None, reason: str
+    name: str,
+    module: torch.nn.Module,
+    own: Collection[torch.Tensor],
+    packed: int,
+    times: tuple | None,
+    reason: str,
 ) -> LayerSummary:
-    """`own`: the tensors of the layer that no earlier one has."""
+    """`own`, `packed`: the tensors of the layer, and bytes of its pack, that no earlier one has."""
     float_ms, ms, error = times or (None, None, None)
-    size = sum(tensor.nbytes for tensor in own)
+    size = sum(tensor.nbytes for tensor in own) + packed
+    n, k = shape_of(module)
     if isinstance(module, QLinear):
-        n, k = module.out_features, module.in_features
         float_bytes = sum(4 * t.numel() for t in own if t is module.weight_codes or t is module.bias)
         scheme, kernel, why = str(module.scheme), _core.select(module.scheme.op), ""
     else:
-        # nn.Linear keeps [n, k]; transformers' Conv1D keeps the transposed matrix.
-        n, k = module.weight.shape if isinstance(module, torch.nn.Linear) else reversed(module.weight.shape)
         float_bytes, scheme, kernel, why = size, "float", "torch", reason or _UNKNOWN_REASON
     return LayerSummary(name, k, n, scheme, kernel, float_bytes, size, float_ms, ms, error, why)
 
@@ -175,34 +188,48 @@ def _hooks(targets: dict[str, torch.nn.Module], measured: dict) -> Iterator[None
     def hook_for(name: str):
         def hook(module, args, kwargs, output):
             if name not in measured:
+                handles.pop(name).remove()
                 x = args[0] if args else next(iter(kwargs.values()))
                 measured[name] = _measure(module, x)
 
         return hook
 
-    handles = [m.register_forward_hook(hook_for(name), with_kwargs=True) for name, m in targets.items()]
+    handles = {name: m.register_forward_hook(hook_for(name), with_kwargs=True) for name, m in targets.items()}
     try:
         yield
     finally:
-        for handle in handles:
+        for handle in handles.values():
             handle.remove()
 
 
 def _measure(module: torch.nn.Module, x: torch.Tensor) -> tuple[float, float | None, float | None]:
     """(float ms, quantized ms, relative output error); the last two are None for a float layer."""
     if not isinstance(module, QLinear):
-        return _interleaved([lambda: module.forward(x)])[0], None, None
-    weight = (module.weight_codes.float() * module.weight_scale[:, None]).to(x.dtype)
-    bias = None if module.bias is None else module.bias.to(x.dtype)
+        hooked = module._forward_hooks or module._forward_pre_hooks
+        call = module.forward if hooked else module
+        return _interleaved([lambda: call(x)])[0], None, None
+    # Twins, because a call of the layer itself would run the hooks of its user.
+    twin = QLinear(module.quantized, module.bias, activation=module.activation)
+    twin.static = module.static
+    linear = _float_twin(module, x.dtype)
     activation = _FLOAT_ACTIVATIONS[module.activation]
 
     def in_float() -> torch.Tensor:
-        return activation(functional.linear(x, weight, bias))
+        return activation(linear(x))
 
     exact = in_float().float()
     norm = exact.norm().item()
-    difference = (module.forward(x).float() - exact).norm().item()
-    return (*_interleaved([in_float, lambda: module.forward(x)]), difference / norm if norm else difference)
+    difference = (twin(x).float() - exact).norm().item()
+    return (*_interleaved([in_float, lambda: twin(x)]), difference / norm if norm else difference)
+
+
+def _float_twin(module: QLinear, dtype: torch.dtype) -> torch.nn.Linear:
+    """The nn.Linear on the dequantized weights."""
+    linear = torch.nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+    linear.weight = torch.nn.Parameter(module.quantized.dequantize().to(dtype), requires_grad=False)
+    if module.bias is not None:
+        linear.bias = torch.nn.Parameter(module.bias.to(dtype), requires_grad=False)
+    return linear
 
 
 def _interleaved(calls: list[Callable[[], object]]) -> list[float]:

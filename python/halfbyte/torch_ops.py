@@ -19,7 +19,7 @@ from .scheme import Scheme
 
 _W8A8 = Scheme.parse("w8a8")
 
-# codes tensor -> (its version, the scale tensor, its version, PackedWeight); an entry lives as long as its
+# codes tensor -> (states of codes and scale, the scale tensor, PackedWeight); an entry lives as long as its
 # codes.
 _packs: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _packs_lock = Lock()
@@ -36,19 +36,24 @@ if hasattr(os, "register_at_fork"):
 
 
 def packed_weight(codes: Tensor, scale: Tensor) -> PackedWeight:
-    """The pack of these w8a8 codes: made once, and again after either tensor was changed in place.
+    """The pack of these w8a8 codes: made once, and again after a tensor was changed or given other memory.
 
     Inference tensors do not count their changes, so they are packed at every call.
     """
     if codes.is_inference() or scale.is_inference():
         return pack(QuantizedTensor(codes, scale, _W8A8))
     with _packs_lock:
-        versions = codes._version, scale._version
+        states = state(codes), state(scale)
         entry = _packs.get(codes)
-        if entry is None or entry[:2] != versions or entry[2] is not scale:
-            entry = (*versions, scale, pack(QuantizedTensor(codes, scale, _W8A8)))
+        if entry is None or entry[0] != states or entry[1] is not scale:
+            entry = states, scale, pack(QuantizedTensor(codes, scale, _W8A8))
             _packs[codes] = entry
-        return entry[3]
+        return entry[2]
+
+
+def state(tensor: Tensor) -> tuple[int, int]:
+    """What changes with the values of a tensor: its version, and its memory for `tensor.data = other`."""
+    return tensor._version, tensor.data_ptr()
 
 
 _library = torch.library.Library("halfbyte", "DEF")

@@ -56,6 +56,7 @@ PackedWeight pack(const int8_t* codes, int64_t n, int64_t k, int64_t ld, const f
       packed.scale()[j] = real ? scale[j] : 0.0f;
     }
   });
+  packed.settle();
   return packed;
 }
 

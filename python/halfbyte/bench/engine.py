@@ -44,16 +44,18 @@ class Timed:
         self.inner = max(1, round(self.round_seconds / self._estimate()))
 
     def _estimate(self) -> float:
-        """Seconds of the quickest call after warm-up: one that the system interrupted must not decide."""
-        for call in self.calls:
-            call()
-        best, end = float("inf"), time.perf_counter() + self.round_seconds / 2
-        while True:
-            start = time.perf_counter()
+        """Seconds per call after warm-up: the fastest of as many as fit a round, at least four of each.
+
+        The fastest, because a first call packs weights and starts threads, and one stall of some milliseconds
+        would leave a round with a single call.
+        """
+        best, start = float("inf"), time.perf_counter()
+        for count in itertools.count(1):
+            begin = time.perf_counter()
             next(self._cycle)()
-            stop = time.perf_counter()
-            best = min(best, stop - start)
-            if stop > end:
+            now = time.perf_counter()
+            best = min(best, now - begin)
+            if count >= 4 * len(self.calls) and now - start > self.round_seconds:
                 return max(best, 1e-9)
 
     def sample(self) -> float:

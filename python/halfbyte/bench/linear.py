@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..dispatch import force_isa
-from ..errors import IsaError
+from .. import dispatch
+from ..dispatch import force_isa, isa_errors
 from . import ceilings, peers
 from .engine import Timed, median_of_ratios, progress, run_rounds
 from .machine import describe, last_level_cache_bytes, private_cache_bytes
@@ -58,11 +58,9 @@ def run(settings: Settings) -> dict:
 @contextlib.contextmanager
 def thread_counts(threads: int) -> Iterator[None]:
     """Run with that many threads in torch (which halfbyte follows) and in halfbyte alone; no gradients."""
-    from .. import _core
-
     with contextlib.ExitStack() as stack:
-        stack.callback(_core.set_num_threads, 0)
-        _core.set_num_threads(threads)
+        stack.callback(dispatch.set_num_threads, dispatch.thread_override)
+        dispatch.set_num_threads(threads)
         if importlib.util.find_spec("torch"):
             import torch
 
@@ -115,10 +113,8 @@ def kernel_name(scheme: str) -> str:
     from .. import _core
     from ..scheme import Scheme
 
-    try:
+    with isa_errors:
         return _core.select(Scheme.parse(scheme).op)
-    except RuntimeError as error:  # HALFBYTE_ISA names something unknown or absent
-        raise IsaError(str(error)) from None
 
 
 def kernel_isa(kernel: str) -> str:
@@ -144,7 +140,8 @@ def _measure(shape: tuple[int, int, int], scheme: str, settings: Settings) -> di
             unavailable[name] = str(error)
     exact = task.x.astype(np.float64) @ task.weight.T.astype(np.float64) + task.bias
     errors = {name: relative_error(layer.output(), exact) for name, layer in layers.items()}
-    # Warm rounds need two: the first refills the last-level cache, the second runs like those after it.
+    # Where a call is so long that a round holds but one, warm weights take two untimed calls before it: the
+    # first refills the last-level cache, the second runs like those after it. Short calls get more of them.
     warm_calls = 1 if settings.cold else 2
     timed = [Timed(name, layer.calls, settings.round_seconds, warm_calls) for name, layer in layers.items()]
     samples = run_rounds([*timed, *ceilings.samplers(isa, settings.threads)], settings.rounds, label)

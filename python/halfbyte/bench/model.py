@@ -54,7 +54,7 @@ def run(settings: Settings) -> dict:
             "model": minilm.NAME,
             "replaced": f"{replaced} of {linears}" if replaced != linears else "all",
             "kernel": kernel_name(_SCHEME),
-            "bytes": {FLOAT: minilm.byte_count(base), OURS: minilm.byte_count(ours)},
+            "bytes": {FLOAT: minilm.resident_bytes(base), OURS: minilm.resident_bytes(ours)},
             "results": results,
         }
 

@@ -8,9 +8,18 @@ from ..extras import require
 from .linear import OURS
 
 
+def check(path: Path) -> None:
+    """MissingExtraError without matplotlib; ValueError for a suffix that it does not draw."""
+    require("matplotlib", extra="bench", purpose="--plot")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    formats = FigureCanvasAgg.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in formats:
+        raise ValueError(f"--plot {path}: the suffix must be one of {', '.join(sorted(formats))}")
+
+
 def roofline(result: dict, path: Path) -> None:
     """Draw all shapes of `result` into the image `path` (format by suffix)."""
-    require("matplotlib", extra="bench", purpose="--plot")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import sys
 from pathlib import Path
 
 import halfbyte
 
-from ..bench import linear, model, overhead
+from ..bench import linear, model, overhead, plot
 from ..bench.engine import progress
 from ..bench.machine import available_cores
 from ..bench.peers import PEERS
@@ -71,6 +72,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, write the JSON file and the plot if asked, print in the chosen format."""
+    if problem := _unwritable(args):
+        print(f"halfbyte bench: error: {problem}", file=sys.stderr)
+        return 2
     seconds = args.round_ms / 1000
     if args.kind == "linear":
         grid = itertools.product(args.m or _DEFAULT_M, args.n or _DEFAULT_N, args.k or _DEFAULT_K)
@@ -90,12 +94,25 @@ def run(args: argparse.Namespace) -> int:
         args.output.write_text(text + "\n")
         print(f"wrote {args.output}", file=sys.stderr)
     if getattr(args, "plot", None):
-        from ..bench.plot import roofline
-
-        roofline(result, args.plot)
+        plot.roofline(result, args.plot)
         print(f"wrote {args.plot}", file=sys.stderr)
     print(text if args.format == "json" else render(result, args.format))
     return 0
+
+
+def _unwritable(args: argparse.Namespace) -> str:
+    """Why a file that is asked for cannot be written, known before minutes of measuring; empty if it can."""
+    files = [path for path in (args.output, getattr(args, "plot", None)) if path]
+    for path in files:
+        target = path if path.exists() else path.absolute().parent
+        if path.is_dir() or not os.access(target, os.W_OK):
+            return f"{path} cannot be written"
+    if getattr(args, "plot", None):
+        try:
+            plot.check(args.plot)
+        except ValueError as error:
+            return str(error)
+    return ""
 
 
 def _add_common(parser: argparse.ArgumentParser, rounds: int, round_ms: float, threads: bool = True) -> None:

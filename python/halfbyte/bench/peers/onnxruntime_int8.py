@@ -1,6 +1,7 @@
 """onnxruntime's dynamic quantization: DynamicQuantizeLinear + MatMulInteger, per-channel int8 weights."""
 
 import tempfile
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -42,15 +43,23 @@ def graph(
 
 
 def sessions(problem: Problem, model: bytes, weight_bytes: int, note: str) -> Layer:
-    """One session per weight copy, inputs and outputs bound once; the pool spins as onnxruntime lets it."""
+    """One session per weight copy, inputs and outputs bound once; the pool spins as onnxruntime lets it.
+
+    Several sessions share one pool of threads: a pool each would have the idle ones spin beside the busy one.
+    """
     m, n, _ = problem.mnk
+    count = problem.copies(weight_bytes)
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = problem.threads
-    options.inter_op_num_threads = 1
+    if count > 1:
+        _make_shared_pool(problem.threads)
+        options.use_per_session_threads = False
+    else:
+        options.intra_op_num_threads = problem.threads
+        options.inter_op_num_threads = 1
     x = onnxruntime.OrtValue.ortvalue_from_numpy(problem.x)
     y = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros((m, n), np.float32))
     calls = []
-    for _ in range(problem.copies(weight_bytes)):
+    for _ in range(count):
         session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         binding = session.io_binding()
         binding.bind_ortvalue_input("x", x)
@@ -62,6 +71,11 @@ def sessions(problem: Problem, model: bytes, weight_bytes: int, note: str) -> La
         return y.numpy()
 
     return Layer(calls, output, weight_bytes, note)
+
+
+@cache
+def _make_shared_pool(threads: int) -> None:
+    onnxruntime.set_global_thread_pool_sizes(threads, 1)  # fails where there is one of another size
 
 
 def _float_model(problem: Problem) -> onnx.ModelProto:

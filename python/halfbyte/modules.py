@@ -1,0 +1,83 @@
+"""The modules of a model: which are linear layers, under which names, and what a replacement would lose."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from .arrays import wraps
+from .errors import DTypeError
+
+# Of an nn.Linear and of a Conv1D; and what does not tie a value to the layer that it was assigned to.
+_OWN_ATTRIBUTES = {*vars(nn.Linear(1, 1, device="meta")), "nf", "nx"}
+_PLAIN_VALUE = (bool, int, float, str, type(None))
+
+
+def check_module(model: object, what: str) -> None:
+    """DTypeError unless `model` is a module."""
+    if not isinstance(model, nn.Module):
+        raise DTypeError(f"{what} takes a model (an nn.Module), not {type(model).__name__}")
+
+
+def join(module: str, name: str) -> str:
+    """Dotted name of something in a module, whose own name is empty for the whole model."""
+    return f"{module}.{name}" if module else name
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether quantize_ replaces `module`: an nn.Linear or a Conv1D of transformers, not a subclass."""
+    transformers = sys.modules.get("transformers.pytorch_utils")
+    return type(module) is nn.Linear or (transformers is not None and type(module) is transformers.Conv1D)
+
+
+def shape_of(module: nn.Module) -> tuple[int, int]:
+    """(n, k) of a linear layer, quantized or not; a Conv1D keeps its weight transposed."""
+    if hasattr(module, "in_features"):
+        return module.out_features, module.in_features
+    return tuple(module.weight.t().shape)
+
+
+def sites(model: nn.Module) -> Iterator[tuple[list[str], nn.Module, list[tuple[nn.Module, str]]]]:
+    """Every module of the model once: all its names, itself, and all (parent, attribute) that hold it."""
+    names: dict[nn.Module, list[str]] = {}
+    places: dict[nn.Module, dict[tuple[nn.Module, str], None]] = {}
+
+    def visit(module: nn.Module, name: str, above: tuple[nn.Module, ...]) -> None:
+        names.setdefault(module, []).append(name)
+        for attribute, child in module._modules.items():
+            if child is not None and child not in above:
+                places.setdefault(child, {})[module, attribute] = None
+                visit(child, join(name, attribute), (*above, child))
+
+    visit(model, "", (model,))
+    for module, its_names in names.items():
+        yield its_names, module, list(places.get(module, ()))
+
+
+def replace(places: list[tuple[nn.Module, str]], module: nn.Module) -> None:
+    """Put `module` at every (parent, attribute)."""
+    for parent, attribute in places:
+        parent._modules[attribute] = module
+
+
+def obstacle(module: nn.Module) -> str:
+    """Why a linear layer cannot be swapped without losing something; empty where it can."""
+    if "weight" not in module._parameters:
+        return "its weight is computed by a hook (weight_norm?), not a parameter"
+    if wraps(module.weight):
+        return f"its weight is a {type(module.weight).__name__}, not a plain tensor"
+    if any(value for name, value in vars(module).items() if name.endswith("_hooks")):
+        return "it has hooks, which a replacement would lose"
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance"
+    held = [*module._buffers, *module._modules, *(module._parameters.keys() - {"weight", "bias"})]
+    held += [name for name, value in extra_attributes(module).items() if not isinstance(value, _PLAIN_VALUE)]
+    return f"it holds {', '.join(held)}, which a replacement would lose" if held else ""
+
+
+def extra_attributes(module: nn.Module) -> dict[str, Any]:
+    """What was assigned to a linear layer beyond its own; plain values move to a replacement."""
+    return {name: value for name, value in vars(module).items() if name not in _OWN_ATTRIBUTES}
