@@ -21,6 +21,7 @@ def describe(threads: int) -> dict:
     """CPU, caches, memory, operating system, library versions and thread set-up, as plain JSON values."""
     from .. import _core
 
+    runtime = _core.thread_runtime()
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "cpu": cpu_model(),
@@ -34,7 +35,7 @@ def describe(threads: int) -> dict:
         "packages": {name: version for name in _PACKAGES if (version := package_version(name))},
         "build": _core.build_info(),
         "threads": threads,
-        "thread_runtime": _core.thread_runtime(),
+        "thread_runtime": runtime | {"library": os.path.basename(runtime["library"])},
         "forced_isa": os.environ.get("HALFBYTE_ISA"),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     }
