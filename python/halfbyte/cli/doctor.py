@@ -97,6 +97,8 @@ def _torch() -> dict | None:
 
 def _text(report: dict) -> str:
     machine, build, torch = report["machine"], report["machine"]["build"], report["torch"]
+    from .. import _core
+
     runtime = _core.thread_runtime()  # with the path of the library, which results leave out
     cache = (
         ", ".join(f"{level} {mebibytes(size)}" for level, size in machine["caches"].items())
