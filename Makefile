@@ -51,8 +51,7 @@ demo: $(VENV)/.installed
 	$(PY) -m halfbyte demo
 
 bench: $(VENV)/.peers
-	$(PY) -m halfbyte bench linear -m 1,8,32,128,512 -n 4096 -k 4096 --scheme w8a8 \
-	  --vs torch-fp32,torch-bf16,torch-int8,onnxruntime,openvino,torchao
+	$(PY) -m halfbyte bench linear -m 1,8,32,128,512 -n 4096 -k 4096 --scheme w8a8
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .hypothesis .ruff_cache .benchmarks
