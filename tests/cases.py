@@ -64,6 +64,25 @@ STATIC = (
 )  # (scale, zero): one-sided, general, saturating, coarse
 
 
+# Fillings of x that every kernel meets.
+FILLINGS = (
+    "normal",
+    "onesided",
+    "negative",
+    "zeros",
+    "constant",
+    "two_valued",
+    "onehot",
+    "outlier",
+    "tiny",
+    "denormal",
+    "huge",
+    "ties",
+    "nonfinite",
+    "mixed",
+)
+
+
 @dataclass(frozen=True)
 class Linear:
     """y[m,n] = x[m,k] w[n,k]^T with named fillings of x and w, and a memory layout of every operand."""
@@ -203,23 +222,7 @@ def _linear_cases() -> list[Linear]:
         for k in (1, KR + 1, KV - 1, KV, KV + 1, 2 * KV + 3)
     ]
     cases += [Linear(*s, "mixed", "full", LAYOUTS[i % 4]) for i, s in enumerate(corners)]
-    kinds = (
-        "normal",
-        "onesided",
-        "negative",
-        "zeros",
-        "constant",
-        "two_valued",
-        "onehot",
-        "outlier",
-        "tiny",
-        "denormal",
-        "huge",
-        "ties",
-        "nonfinite",
-        "mixed",
-    )
-    cases += [Linear(m, 35, 70, x, w) for m, w in ((3, "full"), (14, "normal")) for x in kinds]
+    cases += [Linear(m, 35, 70, x, w) for m, w in ((3, "full"), (14, "normal")) for x in FILLINGS]
     codes = ("zeros", "max", "min", "alternating", "rows")
     cases += [Linear(m, 34, 67, x, w) for m in (2, 13) for x in ("constant", "two_valued") for w in codes]
     # K to the end of what an int32 holds, with every product at its largest and of one sign.
@@ -251,24 +254,8 @@ def _linear_cases() -> list[Linear]:
 
 
 def _rows_cases() -> list[Rows]:
-    kinds = (
-        "normal",
-        "onesided",
-        "negative",
-        "zeros",
-        "constant",
-        "two_valued",
-        "onehot",
-        "outlier",
-        "tiny",
-        "denormal",
-        "huge",
-        "ties",
-        "nonfinite",
-        "mixed",
-    )
     cases = [Rows(5, k, "mixed", LAYOUTS[i % 4]) for i, k in enumerate(AROUND_K)]
-    cases += [Rows(7, k, x) for x in kinds for k in (3, 70, 256)]
+    cases += [Rows(7, k, x) for x in FILLINGS for k in (3, 70, 256)]
     cases += [Rows(m, 50, "normal", "both") for m in (0, 1, 2, 31, 33)]
     cases += [Rows(2, k, x) for k in (65536, K_MAX) for x in ("constant", "normal")]
     cases += [Rows(m, k, "mixed", "padded", t) for t in (2, 8) for m, k in ((3, 10), (64, 257), (300, 64))]
