@@ -44,15 +44,18 @@ def sites(model: nn.Module) -> Iterator[tuple[list[str], nn.Module, list[tuple[n
     """Every module of the model once: all its names, itself, and all (parent, attribute) that hold it."""
     names: dict[nn.Module, list[str]] = {}
     places: dict[nn.Module, dict[tuple[nn.Module, str], None]] = {}
-
-    def visit(module: nn.Module, name: str, above: tuple[nn.Module, ...]) -> None:
+    # A stack and no inner function: one that calls itself is a cycle, which would keep every module that it
+    # saw alive until the garbage collector comes by.
+    stack: list[tuple[nn.Module, str, tuple[nn.Module, ...]]] = [(model, "", (model,))]
+    while stack:
+        module, name, above = stack.pop()
         names.setdefault(module, []).append(name)
-        for attribute, child in module._modules.items():
+        for attribute, child in reversed(module._modules.items()):
             if child is not None and child not in above:
+                stack.append((child, join(name, attribute), (*above, child)))
+        for attribute, child in module._modules.items():
+            if child is not None:
                 places.setdefault(child, {})[module, attribute] = None
-                visit(child, join(name, attribute), (*above, child))
-
-    visit(model, "", (model,))
     for module, its_names in names.items():
         yield its_names, module, list(places.get(module, ()))
 
