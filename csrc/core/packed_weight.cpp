@@ -15,7 +15,7 @@ constexpr int64_t line = 64, huge_page = int64_t{2} << 20;
 
 #if defined(__linux__)
 // Not from malloc, which may hand out memory that is already there in small pages: after a program has freed a few big
-// arrays, glibc serves 16 MB from its heap, and one token through such a 4096x4096 weight took twice as long.
+// arrays, glibc serves 16 MB from its heap, and none of it was in huge pages.
 uint8_t* map_huge(int64_t bytes) {
   const int64_t spare = bytes + huge_page;
   void* const whole = mmap(nullptr, spare, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
