@@ -16,7 +16,7 @@ namespace halfbyte {
 constexpr int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
 // Memory aligned to a cache line, or to a huge page (and advised as such) when it is large: reading a weight once per
-// token touches every page of it, and 4 KiB pages cost 10-30 % of the bandwidth in TLB misses.
+// token touches every page of it, and with 4 KiB pages the TLB misses.
 class Buffer {
  public:
   Buffer() = default;
