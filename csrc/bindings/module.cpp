@@ -5,7 +5,6 @@
 #include "bindings/bind.h"
 #include "ceiling/ceiling.h"
 #include "core/dispatch.h"
-#include "core/packed_weight.h"
 #include "core/parallel.h"
 
 namespace halfbyte {
@@ -14,8 +13,9 @@ namespace halfbyte {
   namespace name { \
   void bind(py::module_& m); \
   }
-#include "ops.inc"
+#include "bound_ops.inc"
 #undef OP
+void bind_linear(py::module_& m);
 void bind_torch_call(py::module_& m);
 
 namespace {
@@ -94,11 +94,6 @@ void set_threads(int threads) {
 PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
   using namespace halfbyte;
   m.doc() = "Kernels, packing and dispatch of halfbyte.";
-  py::class_<PackedWeight, std::shared_ptr<PackedWeight>>(m, "PackedWeight")
-      .def_property_readonly("op", [](const PackedWeight& p) { return p.op; })
-      .def_readonly("n", &PackedWeight::n)
-      .def_readonly("k", &PackedWeight::k)
-      .def_property_readonly("nbytes", &PackedWeight::nbytes);
   m.def("cpu_features", cpu_features);
   m.def("kernels", kernels);
   m.def("select", select_for, py::arg("op"), py::arg("isas") = py::none());
@@ -110,7 +105,8 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
   m.def("measure_peak", measure_peak, py::call_guard<py::gil_scoped_release>());
   m.def("measure_read", measure_read, py::call_guard<py::gil_scoped_release>());
 #define OP(name) name::bind(m);
-#include "ops.inc"
+#include "bound_ops.inc"
 #undef OP
+  bind_linear(m);
   bind_torch_call(m);
 }

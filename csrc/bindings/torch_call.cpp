@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "bindings/bind.h"
-#include "ops/linear_w8a8/op.h"
+#include "core/linear.h"
 
 namespace halfbyte {
 namespace {
@@ -97,7 +97,7 @@ class LinearPlan {
 
   // The output, or None where the long way is called for.
   py::object operator()(const py::object& x, int activation_code, int threads, bool hooks_checked) const {
-    linear_w8a8::Args args{};
+    LinearArgs args{};
     py::object out;
     try {
       out = prepare(x.ptr(), args, hooks_checked);
@@ -108,7 +108,7 @@ class LinearPlan {
     args.activation = activation(activation_code);
     args.threads = threads;
     const py::gil_scoped_release release;
-    linear_w8a8::run(*packed_, args);
+    run_linear(*packed_, args);
     return out;
   }
 
@@ -129,7 +129,7 @@ class LinearPlan {
   static constexpr Py_ssize_t max_dims = 8;
 
   // The output tensor with `args` filled in, or None.
-  py::object prepare(PyObject* tensor, linear_w8a8::Args& args, bool hooks_checked) const {
+  py::object prepare(PyObject* tensor, LinearArgs& args, bool hooks_checked) const {
     if (reinterpret_cast<PyObject*>(Py_TYPE(tensor)) != tensor_type_.ptr() || !unchanged(hooks_checked)) return py::none();
     const Reference dtype_object(PyObject_GetAttr(tensor, names().dtype));
     int type = 0;

@@ -19,14 +19,17 @@ const Kernel& select(std::span<const Kernel* const> best_first, uint32_t availab
   throw std::logic_error("a kernel list without a scalar row");
 }
 
+struct LinearOp;
+
 struct OpTable {
   const char* op;
   std::vector<const KernelInfo*> best_first;
+  const LinearOp* linear;  // null: no linear op
 };
 
 template <class Kernel>
-OpTable op_table(const char* op, std::span<const Kernel* const> best_first) {
-  OpTable table{op, {}};
+OpTable op_table(const char* op, std::span<const Kernel* const> best_first, const LinearOp* linear = nullptr) {
+  OpTable table{op, {}, linear};
   for (const Kernel* kernel : best_first) table.best_first.push_back(&kernel->info);
   return table;
 }

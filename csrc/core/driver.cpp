@@ -14,6 +14,7 @@
 #include <atomic>
 #include <memory>
 
+#include "core/linear.h"
 #include "core/parallel.h"
 
 namespace halfbyte {
@@ -70,6 +71,7 @@ struct Multiplication {
   void strip(int64_t index, int64_t panel, int panels) const;
 
   const GemmKernel& kernel;
+  const GemmTile& shape;
   const PackedWeight& packed;
   const quantize_rows::Args& a;
   const EpilogueArgs& out;
@@ -84,20 +86,23 @@ struct Multiplication {
 Multiplication::Multiplication(const GemmKernel& kernel, const PackedWeight& packed, const quantize_rows::Args& a,
                                const EpilogueArgs& out, int64_t first_row, int64_t rows, int threads)
     : kernel(kernel),
+      shape(packed.grouped() ? kernel.grouped : kernel.plain),
       packed(packed),
       a(a),
       out(out),
       first_row(first_row),
       rows(rows),
       by_rows(rows >= rows_alone * threads || packed.panels() < threads),
-      strips(by_rows ? round_up(ceil_div(rows, kernel.mr), threads) : ceil_div(rows, kernel.mr)),
-      steps_per_strip(ceil_div(rows, kernel.row_step) / strips),
-      longer_strips(ceil_div(rows, kernel.row_step) % strips) {
-  const int64_t largest = (steps_per_strip + (longer_strips > 0)) * kernel.row_step;
-  const int64_t strip_bytes = std::max<int64_t>(1, largest * a.ldc * (kernel.wide ? 2 : 1));
+      strips(by_rows                ? round_up(ceil_div(rows, shape.mr), threads)
+             : rows <= shape.alone ? 1
+                                   : ceil_div(rows, shape.mr)),
+      steps_per_strip(ceil_div(rows, shape.row_step) / strips),
+      longer_strips(ceil_div(rows, shape.row_step) % strips) {
+  const int64_t largest = (steps_per_strip + (longer_strips > 0)) * shape.row_step;
+  const int64_t strip_bytes = std::max<int64_t>(1, largest * a.ldc * a.code_bytes());
   blocks = ceil_div(strips, std::max<int64_t>(1, block_bytes / strip_bytes));
   if (by_rows) blocks = std::min(round_up(blocks, threads), strips);
-  const int64_t widest = std::clamp<int64_t>(kernel.accumulators / largest, 1, max_panels);
+  const int64_t widest = std::clamp<int64_t>(shape.accumulators / largest, 1, max_panels);
   group = by_rows ? widest : std::min(widest, ceil_div(packed.panels(), threads));
   groups = ceil_div(packed.panels(), group);
   // A task walks neighboring groups: the kernels fetch ahead, and what they fetch should be their own.
@@ -111,7 +116,7 @@ Multiplication::Multiplication(const GemmKernel& kernel, const PackedWeight& pac
 Piece Multiplication::strip_rows(int64_t index) const {
   const int64_t begin = index * steps_per_strip + std::min(index, longer_strips);
   const int64_t steps = steps_per_strip + (index < longer_strips);
-  return {std::min(begin * kernel.row_step, rows), std::min((begin + steps) * kernel.row_step, rows)};
+  return {std::min(begin * shape.row_step, rows), std::min((begin + steps) * shape.row_step, rows)};
 }
 
 // By rows: those of the strips that will be this thread's, so that they are in its cache.
@@ -122,19 +127,28 @@ Piece Multiplication::rows_to_quantize(const Team& team) const {
 }
 
 void Multiplication::strip(int64_t index, int64_t panel, int panels) const {
-  alignas(64) int32_t acc[std::max(max_mr, max_accumulators) * panel_width];
+  constexpr int sums = std::max(max_mr, max_accumulators) * panel_width;
+  alignas(64) int32_t acc[sums];
+  alignas(64) float t[sums];
   const Piece r = strip_rows(index);
   if (r.begin == r.end) return;  // fewer rows than threads
-  const int64_t code_bytes = kernel.wide ? 2 : 1;
   TileArgs tile;
   tile.rows = static_cast<int>(r.end - r.begin);
   tile.panels = panels;
   tile.quads = packed.k_padded / quad;
-  tile.a = static_cast<const uint8_t*>(a.codes) + r.begin * a.ldc * code_bytes;
+  tile.a = static_cast<const uint8_t*>(a.codes) + r.begin * a.ldc * a.code_bytes();
   tile.lda = a.ldc;
   tile.b = packed.panel(panel);
   tile.panel_bytes = packed.panel_bytes();
+  const bool grouped = packed.grouped();
   tile.acc = acc;
+  tile.t = t;
+  tile.groups = grouped ? &packed.format.groups : nullptr;
+  tile.nf4 = packed.format.nf4;
+  tile.sum_stride = a.sums_per_row();
+  tile.a_sum = a.sum + r.begin * tile.sum_stride;
+  tile.scale_stride = a.scales_per_row();
+  tile.a_scale = a.scale_per_group ? a.scale + r.begin * tile.scale_stride : nullptr;
 
   const int64_t row = first_row + r.begin, column = panel * panel_width;
   const int64_t c_bytes = out.c_type == DType::f32 || out.c_type == DType::i32 ? 4 : 2;
@@ -146,14 +160,16 @@ void Multiplication::strip(int64_t index, int64_t panel, int panels) const {
   for (int i = 0; i < e.rows; ++i) {
     for (int64_t j = 0; j < e.columns * c_bytes; j += 64) __builtin_prefetch(c + i * out.ldc * c_bytes + j, 1, 2);
   }
-  kernel.tile(tile);
+  shape.run(tile);
   e.acc = acc;
+  e.t = grouped ? t : nullptr;
   e.acc_stride = int64_t{panels} * panel_width;
-  e.a_scale = a.scale + r.begin;
-  e.a_zero = a.zero + r.begin;
-  e.a_sum = a.sum + r.begin;
+  e.a_scale = a.scale_per_group ? nullptr : a.scale + r.begin;
+  e.a_zero = a.symmetric ? nullptr : a.zero + r.begin;
+  e.a_sum = tile.a_sum;
   e.b_scale = packed.scale() + column;
   e.b_sum = packed.sum() + column;
+  e.b_total = packed.total() + column;
   if (e.bias) e.bias += column;
   e.c = c;
   if (e.residual) {
@@ -184,20 +200,25 @@ void Multiplication::run(const Team& team, Share* shares, int turn) const {
 
 void gemm(const GemmKernel& kernel, const quantize_rows::Kernel& quantizer, const PackedWeight& packed, GemmCall call) {
   quantize_rows::Args& a = call.a;
+  const WeightFormat& format = packed.format;
+  a.bits = format.op->activation_bits;
   a.wide = kernel.wide;
+  a.group = format.groups.quads * quad;
+  a.scale_per_group = format.activation_group > 0;
+  a.symmetric = a.scale_per_group;
   a.k_padded = packed.k_padded;
-  const int64_t code_bytes = a.wide ? 2 : 1;
   // Rows a power of two apart would fall into the same few cache sets.
-  a.ldc = a.k_padded + (a.k_padded * code_bytes % 512 == 0 ? 64 : 0);
-  const int64_t mr = kernel.mr, row_bytes = a.ldc * code_bytes;
+  a.ldc = a.codes_per_row();
+  if (a.ldc * a.code_bytes() % 512 == 0) a.ldc += 64;
+  const int64_t mr = (packed.grouped() ? kernel.grouped : kernel.plain).alone, row_bytes = a.ldc * a.code_bytes();
   const int64_t affordable = chunk_bytes / std::max<int64_t>(1, row_bytes) / mr * mr;
   const int64_t chunk = std::min(call.m, std::max(mr, affordable));
 
   const int64_t codes_bytes = round_up(chunk * row_bytes, 64);
-  a.codes = workspace.reserve(codes_bytes + chunk * 12);
+  a.codes = workspace.reserve(codes_bytes + chunk * 4 * (a.scales_per_row() + a.sums_per_row() + 1));
   a.scale = reinterpret_cast<float*>(static_cast<uint8_t*>(a.codes) + codes_bytes);
-  a.zero = reinterpret_cast<int32_t*>(a.scale + chunk);
-  a.sum = a.zero + chunk;
+  a.sum = reinterpret_cast<int32_t*>(a.scale + chunk * a.scales_per_row());
+  a.zero = a.sum + chunk * a.sums_per_row();
 
   const int wanted = call.threads > 0 ? call.threads : default_threads();
   const int64_t useful = 1 + call.m * packed.n_padded * packed.k_padded / (2 * kernel.grain);

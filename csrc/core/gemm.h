@@ -8,36 +8,65 @@ namespace halfbyte {
 constexpr int panel_width = 32;
 constexpr int quad = 4;
 constexpr int k_multiple = 64;
+constexpr int byte_line = panel_width * quad;  // bytes of one quad of a panel of 8-bit codes; of 4-bit codes: half
 
 // What the driver has room for.
 constexpr int max_panels = 4;
 constexpr int max_mr = 48;
 constexpr int max_accumulators = 12;
 
-// acc[r][c] = sum over k of a[r][k] * b[c][k] for `rows` rows and `panels` panels, exactly, in wrapping int32.
-// b holds codes + 128 (the unsigned operand of vpdpbusd); the epilogue takes the 128 out again.
+// A panel whose sums are scaled per group of k. Its bytes are, group by group, what follows here and then the codes.
+struct GroupFormat {
+  int64_t quads;      // k / 4 of a group; the last group of a row may be shorter
+  int scale_bytes;    // of the panel's 32 scales: 64 (float16), 128 (float32), or 0: no scale per group
+  int zero_bytes;     // 64 or 0: int16, the zero points of the stored codes
+  int minimum_bytes;  // as scale_bytes: float offsets
+  int bytes() const { return scale_bytes + zero_bytes + minimum_bytes; }
+};
+
+// Without groups: acc[r][c] = sum over k of a[r][k] * b[c][k] for `rows` rows and `panels` panels, exactly, in wrapping
+// int32. b holds codes + 128 (the unsigned operand of vpdpbusd); the epilogue takes the 128 out again.
+//
+// With groups: t[r][c], float32, the sum over the groups g, in their order, of
+//   float(sum_k a (b - zero)) * scale[c][g] * a_scale[r][g] + (float(sum_k a) * a_scale[r][g]) * minimum[c][g]
+// with the factors and the second term that are there. Without zero points b is off by 128 (bytes, NF4), or by 8 (nibbles).
+// Channels 16-31 of a panel of nibbles, which lie in the high halves of its bytes, count 16 times: nothing shifts them.
 struct TileArgs {
-  int rows;       // 1 .. Kernel::mr
+  int rows;       // 1 .. GemmTile::alone
   int panels;     // 1 .. max(1, min(max_panels, accumulators / rows))
   int64_t quads;  // k_padded / 4
-  const void* a;  // int8 codes, or int16 where Kernel::wide; zero from k to k_padded
+  const void* a;  // codes, zero from k to k_padded: int8, or int16 where Kernel::wide. Of 16-bit activations in int8: per
+                  // group its high bytes, then its low ones: a = 256 high + low, both signed
   int64_t lda;    // codes between rows
   const uint8_t* b;
   int64_t panel_bytes;
   int32_t* acc;  // [rows][panels * 32]
+
+  const GroupFormat* groups;  // null: without
+  bool nf4;                   // the nibbles are indices into the NF4 table
+  const int32_t* a_sum;       // [rows][groups], or [rows][groups][high, low]
+  int64_t sum_stride;
+  const float* a_scale;  // [rows][groups]; null: not per group
+  int64_t scale_stride;
+  float* t;  // [rows][panels * 32]
 };
 
-// c[r][n] = activation((acc - 128 a_sum - a_zero b_sum) * b_scale * a_scale + bias) + residual, cast to c_type:
-//   acc - 128 sum_k(a) - z sum_k(w) = sum_k (a - z) w,  because  acc = sum_k a (w + 128).
+// c[r][n] = activation(y + bias) + residual, cast to c_type, where without groups
+//   y = (acc - 128 a_sum - a_zero b_sum) * b_scale * a_scale,
+//       acc - 128 sum_k(a) - z sum_k(w) = sum_k (a - z) w,  because  acc = sum_k a (w + 128);
+// and with groups
+//   y = (t - a_zero b_total) * b_scale * a_scale.
 struct EpilogueArgs {
   int rows, columns;
   const int32_t* acc;
+  const float* t;  // in place of acc: with groups
   int64_t acc_stride;
-  const float* a_scale;
-  const int32_t *a_zero, *a_sum;  // per row
+  const float* a_scale;           // per row; null with groups: in t already
+  const int32_t *a_zero, *a_sum;  // per row; with groups: a_zero may be null, a_sum is not read
   const float* b_scale;           // per column, padded to whole panels
   const int32_t* b_sum;
-  const float* bias;  // may be null
+  const float* b_total;  // with groups: sum of a channel's weights
+  const float* bias;     // may be null
   Activation activation;
   void* c;
   int64_t ldc;
@@ -47,15 +76,21 @@ struct EpilogueArgs {
   DType residual_type;
 };
 
+struct GemmTile {
+  int mr;            // rows of a tile where there are many, up to max_mr
+  int alone;         // mr or more: so few rows make one tile, which reads the weight once; up to max_mr
+  int row_step;      // computes its rows in steps of this many; a divisor of mr
+  int accumulators;  // r rows may span accumulators / r panels (1 to max_panels); up to max_accumulators
+  void (*run)(const TileArgs& args);
+};
+
 struct GemmKernel {
   KernelInfo info;
-  int mr;            // most rows of a tile, up to max_mr
-  int row_step;      // a tile computes its rows in steps of this many; a divisor of mr
-  bool wide;         // wants int16 activation codes
-  int accumulators;  // a tile of r rows may span accumulators / r panels (1 to max_panels); up to max_accumulators
-  int64_t grain;     // multiplications that take about 3 us: less than that is not worth another thread
-  void (*tile)(const TileArgs& args);
+  bool wide;      // wants int16 activation codes
+  int64_t grain;  // multiplications that take about 3 us: less than that is not worth another thread
+  GemmTile grouped;
   void (*epilogue)(const EpilogueArgs& args);
+  GemmTile plain;  // of linear_w8a8, whose weights may be without groups; empty elsewhere
 };
 
 }  // namespace halfbyte

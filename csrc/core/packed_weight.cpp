@@ -62,12 +62,13 @@ void Buffer::Free::operator()(uint8_t* p) const {
   std::free(p);
 }
 
-PackedWeight::PackedWeight(const char* op, int64_t n, int64_t k)
-    : op(op),
-      n(n),
-      k(k),
+PackedWeight::PackedWeight(const WeightFormat& format)
+    : format(format),
+      n(format.n),
+      k(format.k),
       n_padded(round_up(n, panel_width)),
       k_padded(round_up(k, k_multiple)),
-      buffer_(n_padded * (k_padded + 8)) {}
+      panel_bytes_(k_padded / quad * line_bytes() + groups() * format.groups.bytes()),
+      buffer_(n_padded / panel_width * panel_bytes_ + n_padded * 8) {}
 
 }  // namespace halfbyte

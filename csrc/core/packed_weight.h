@@ -1,10 +1,16 @@
 // PackedWeight: a weight reordered for the micro-kernels of one op. A cache: never saved, rebuilt from the
 // QuantizedTensor that it came from.
 //
-//   panels   [panels][k_padded / 4][32 channels][4 k] bytes: 32 output channels form a panel, four consecutive k of a
-//            channel lie together because one vpdpbusd lane multiplies four. k is padded to 64 (one AMX tile row),
-//            channels to 32, so no kernel has a tail in k and every load of scale and sum is whole.
-//   scale    [n_padded] float32;  sum [n_padded] int32, the sum of a channel's codes, for the zero point
+//   panels   32 output channels form a panel. Its codes lie in lines, one per quad of k: four consecutive k of a channel
+//            lie together because one vpdpbusd lane multiplies four.
+//              8 bits   [32 channels][4 k] bytes, code + 128
+//              4 bits   [16 channels][4 k] bytes, channel c in the low half and c + 16 in the high half
+//            With groups, each group's lines follow its scales, zero points and minima (core/gemm.h, GroupFormat), so
+//            that a panel is one stream. k is padded to 64 (one AMX tile row), channels to 32, so no kernel has a tail in
+//            k and every load is whole.
+//   scale    [n_padded] float32
+//   sum      [n_padded], for the zero point of activations: int32 sum of a channel's codes; with groups float32 `total`,
+//            the sum of its weights before `scale`
 #pragma once
 #include <cstdint>
 #include <memory>
@@ -34,22 +40,40 @@ class Buffer {
   int64_t size_ = 0;
 };
 
+struct LinearOp;
+
+// What the bytes of a weight mean.
+struct WeightFormat {
+  const LinearOp* op;
+  int64_t n, k;
+  int bits;                  // 8 or 4
+  bool nf4;                  // 4-bit codes are indices into the NF4 table
+  int64_t group;             // k per scale, zero point and minimum; 0: per channel
+  int64_t activation_group;  // k per scale of the activations; 0: per token
+  GroupFormat groups;        // quads 0: without groups
+};
+
 class PackedWeight {
  public:
-  PackedWeight(const char* op, int64_t n, int64_t k);
+  explicit PackedWeight(const WeightFormat& format);
 
-  const char* const op;
+  const WeightFormat format;
   const int64_t n, k, n_padded, k_padded;
 
+  bool grouped() const { return format.groups.quads > 0; }
+  int64_t groups() const { return grouped() ? (k_padded / quad + format.groups.quads - 1) / format.groups.quads : 0; }
+  int line_bytes() const { return format.bits == 8 ? byte_line : byte_line / 2; }
   void settle() const { buffer_.settle(); }  // the last step of packing
   int64_t panels() const { return n_padded / panel_width; }
-  int64_t panel_bytes() const { return panel_width * k_padded; }
+  int64_t panel_bytes() const { return panel_bytes_; }
   int64_t nbytes() const { return buffer_.size(); }
-  uint8_t* panel(int64_t index) const { return buffer_.data() + index * panel_bytes(); }
+  uint8_t* panel(int64_t index) const { return buffer_.data() + index * panel_bytes_; }
   float* scale() const { return reinterpret_cast<float*>(panel(panels())); }
   int32_t* sum() const { return reinterpret_cast<int32_t*>(scale() + n_padded); }
+  float* total() const { return scale() + n_padded; }
 
  private:
+  const int64_t panel_bytes_;
   Buffer buffer_;
 };
 

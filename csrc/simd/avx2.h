@@ -84,6 +84,9 @@ HALFBYTE_INLINE void store_n(void* p, F x, int n) {
 }
 
 HALFBYTE_INLINE I load_i(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+HALFBYTE_INLINE I load_i16(const int16_t* p) {
+  return _mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
 HALFBYTE_INLINE void store_i(int32_t* p, I x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
 HALFBYTE_INLINE void store_i_n(int32_t* p, I x, int n) { _mm256_maskstore_epi32(p, first(n), x); }
 HALFBYTE_INLINE void store_i8(int8_t* p, I x) { _mm_storel_epi64(reinterpret_cast<__m128i*>(p), narrow_i8(x)); }
@@ -105,6 +108,10 @@ HALFBYTE_INLINE I sub_i(I a, I b) { return _mm256_sub_epi32(a, b); }
 HALFBYTE_INLINE I mul_i(I a, I b) { return _mm256_mullo_epi32(a, b); }
 HALFBYTE_INLINE I max_i(I a, I b) { return _mm256_max_epi32(a, b); }
 HALFBYTE_INLINE I and_i(I a, I b) { return _mm256_and_si256(a, b); }
+template <int n>
+HALFBYTE_INLINE I shift_left(I a) { return _mm256_slli_epi32(a, n); }
+template <int n>
+HALFBYTE_INLINE I shift_right(I a) { return _mm256_srai_epi32(a, n); }
 HALFBYTE_INLINE F to_float(I a) { return _mm256_cvtepi32_ps(a); }
 HALFBYTE_INLINE I to_int(F a) { return _mm256_cvtps_epi32(a); }
 HALFBYTE_INLINE I bits(F a) { return _mm256_castps_si256(a); }

@@ -60,6 +60,9 @@ HALFBYTE_INLINE void store_n(void* p, F x, int n) {
 }
 
 HALFBYTE_INLINE I load_i(const int32_t* p) { return _mm512_loadu_si512(p); }
+HALFBYTE_INLINE I load_i16(const int16_t* p) {
+  return _mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
 HALFBYTE_INLINE void store_i(int32_t* p, I x) { _mm512_storeu_si512(p, x); }
 HALFBYTE_INLINE void store_i_n(int32_t* p, I x, int n) { _mm512_mask_storeu_epi32(p, first(n), x); }
 HALFBYTE_INLINE void store_i8(int8_t* p, I x) {
@@ -85,6 +88,10 @@ HALFBYTE_INLINE I sub_i(I a, I b) { return _mm512_sub_epi32(a, b); }
 HALFBYTE_INLINE I mul_i(I a, I b) { return _mm512_mullo_epi32(a, b); }
 HALFBYTE_INLINE I max_i(I a, I b) { return _mm512_max_epi32(a, b); }
 HALFBYTE_INLINE I and_i(I a, I b) { return _mm512_and_si512(a, b); }
+template <int n>
+HALFBYTE_INLINE I shift_left(I a) { return _mm512_slli_epi32(a, n); }
+template <int n>
+HALFBYTE_INLINE I shift_right(I a) { return _mm512_srai_epi32(a, n); }
 HALFBYTE_INLINE F to_float(I a) { return _mm512_cvtepi32_ps(a); }
 HALFBYTE_INLINE I to_int(F a) { return _mm512_cvtps_epi32(a); }
 HALFBYTE_INLINE I bits(F a) { return _mm512_castps_si512(a); }

@@ -81,6 +81,7 @@ template <DType D>
 inline void store_n(void* p, F x, int) { store<D>(p, x); }
 
 inline I load_i(const int32_t* p) { return *p; }
+inline I load_i16(const int16_t* p) { return *p; }
 inline void store_i(int32_t* p, I x) { *p = x; }
 inline void store_i_n(int32_t* p, I x, int) { *p = x; }
 inline void store_i8(int8_t* p, I x) { *p = static_cast<int8_t>(x); }
@@ -103,6 +104,10 @@ inline I sub_i(I a, I b) { return static_cast<I>(uint32_t(a) - uint32_t(b)); }
 inline I mul_i(I a, I b) { return static_cast<I>(uint32_t(a) * uint32_t(b)); }
 inline I max_i(I a, I b) { return a > b ? a : b; }
 inline I and_i(I a, I b) { return a & b; }
+template <int n>
+inline I shift_left(I a) { return static_cast<I>(uint32_t(a) << n); }
+template <int n>
+inline I shift_right(I a) { return a >> n; }  // arithmetic
 inline F to_float(I a) { return static_cast<float>(a); }
 inline I to_int(F a) { return static_cast<I>(std::lrintf(a)); }
 inline I bits(F a) { return static_cast<I>(bits_of(a)); }

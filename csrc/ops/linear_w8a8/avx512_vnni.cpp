@@ -1,26 +1,23 @@
-// linear_w8a8 on AVX512-VNNI: 12x32 tiles (24 accumulators, 2 weight vectors, 1 broadcast: 27 of 32 registers), and for
-// few rows up to four panels side by side, because vpdpbusd has a latency of 4-5 cycles at one or two per cycle and
-// 1x32 would have two chains only.
+// linear_w8a8 on AVX512-VNNI. Without groups: 12x32 tiles (24 accumulators, 2 weight vectors, 1 broadcast: 27 of 32
+// registers), and for few rows up to four panels side by side, because vpdpbusd has a latency of 4-5 cycles at one or two
+// per cycle and 1x32 would have two chains only. With groups: tiles/avx512_vnni.h.
 //
 // Per k-quad a 12x32 tile multiplies 24 times and loads 2 + 12 times; loads run beside the multiplier. B streams at
 // 128 bytes per 24 products, which L2 delivers on every server core since Skylake.
-#include "simd/avx512.h"
+//
+// The first strip of a block takes its panel from L3 while the hardware prefetchers are busy with up to 12 rows of A:
+// without help (prefetch_bytes) the 12x32 tile ran at 80 % of the peak (K = 4096), with 8 KiB or more ahead at 89 %.
+#include "tiles/avx512_vnni.h"
 
 #include "ops/linear_w8a8/kernel.h"
-#include "simd/epilogue.h"
-#include "simd/vnni512.h"
 
 namespace halfbyte::avx512_vnni {
 namespace {
 
-constexpr int mr = 12, accumulators = 12, unroll = 4;
-
-// The first strip of a block takes its panel from L3 while the hardware prefetchers are busy with up to 12 rows of A:
-// without help the 12x32 tile ran at 80 % of the peak (K = 4096), with 8 KiB or more ahead at 89 %.
-constexpr int prefetch_bytes = 16 * 1024;
+constexpr int plain_mr = 12, plain_accumulators = 12;
 
 template <int rows, int panels>
-void tile_of(const TileArgs& t) {
+void plain(const TileArgs& t) {
   constexpr int vectors = 2 * panels;
   // Rows three by three: base, base + lda and base + 2 lda are addressing modes, so 12 rows take four pointers and no
   // spill. The empty asm keeps gcc from deriving the pointers from one another again.
@@ -71,24 +68,23 @@ void tile_of(const TileArgs& t) {
     for (int v = 0; v < vectors; ++v) store_i(t.acc + (r * vectors + v) * width, acc[r][v]);
 }
 
-using TileFunction = void (*)(const TileArgs&);
 // [rows - 1][panels - 1]; empty where the accumulators would not fit
-constexpr TileFunction tiles[mr][max_panels] = {
-    {tile_of<1, 1>, tile_of<1, 2>, tile_of<1, 3>, tile_of<1, 4>},
-    {tile_of<2, 1>, tile_of<2, 2>, tile_of<2, 3>, tile_of<2, 4>},
-    {tile_of<3, 1>, tile_of<3, 2>, tile_of<3, 3>, tile_of<3, 4>},
-    {tile_of<4, 1>, tile_of<4, 2>, tile_of<4, 3>, nullptr},
-    {tile_of<5, 1>, tile_of<5, 2>, nullptr, nullptr},
-    {tile_of<6, 1>, tile_of<6, 2>, nullptr, nullptr},
-    {tile_of<7, 1>, nullptr, nullptr, nullptr},
-    {tile_of<8, 1>, nullptr, nullptr, nullptr},
-    {tile_of<9, 1>, nullptr, nullptr, nullptr},
-    {tile_of<10, 1>, nullptr, nullptr, nullptr},
-    {tile_of<11, 1>, nullptr, nullptr, nullptr},
-    {tile_of<12, 1>, nullptr, nullptr, nullptr},
+constexpr TileFunction plain_tiles[plain_mr][max_panels] = {
+    {plain<1, 1>, plain<1, 2>, plain<1, 3>, plain<1, 4>},
+    {plain<2, 1>, plain<2, 2>, plain<2, 3>, plain<2, 4>},
+    {plain<3, 1>, plain<3, 2>, plain<3, 3>, plain<3, 4>},
+    {plain<4, 1>, plain<4, 2>, plain<4, 3>, nullptr},
+    {plain<5, 1>, plain<5, 2>, nullptr, nullptr},
+    {plain<6, 1>, plain<6, 2>, nullptr, nullptr},
+    {plain<7, 1>, nullptr, nullptr, nullptr},
+    {plain<8, 1>, nullptr, nullptr, nullptr},
+    {plain<9, 1>, nullptr, nullptr, nullptr},
+    {plain<10, 1>, nullptr, nullptr, nullptr},
+    {plain<11, 1>, nullptr, nullptr, nullptr},
+    {plain<12, 1>, nullptr, nullptr, nullptr},
 };
 
-void tile(const TileArgs& t) { tiles[t.rows - 1][t.panels - 1](t); }
+void plain_tile(const TileArgs& t) { plain_tiles[t.rows - 1][t.panels - 1](t); }
 
 }  // namespace
 }  // namespace halfbyte::avx512_vnni
@@ -97,13 +93,11 @@ namespace halfbyte::linear_w8a8 {
 
 constinit const GemmKernel kernel_avx512_vnni = {
     .info = {"linear_w8a8_12x32x4_avx512_vnni", "avx512_vnni", isa_avx512_vnni},
-    .mr = avx512_vnni::mr,
-    .row_step = 1,
     .wide = false,
-    .accumulators = avx512_vnni::accumulators,
     .grain = 1 << 19,
-    .tile = avx512_vnni::tile,
+    .grouped = {avx512_vnni::mr, avx512_vnni::alone, 1, avx512_vnni::accumulators, avx512_vnni::tile_a8<avx512_vnni::Bytes>},
     .epilogue = avx512_vnni::epilogue,
+    .plain = {avx512_vnni::plain_mr, avx512_vnni::plain_mr, 1, avx512_vnni::plain_accumulators, avx512_vnni::plain_tile},
 };
 
 }  // namespace halfbyte::linear_w8a8

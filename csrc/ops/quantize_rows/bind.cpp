@@ -8,7 +8,7 @@ void bind(py::module_& m) {
   m.def(
       "quantize_rows",
       [](int64_t rows, int64_t k, uintptr_t x, int64_t ldx, int x_type, uintptr_t codes, int64_t ldc, uintptr_t scale,
-         uintptr_t zero, uintptr_t sum, bool symmetric, float static_scale, int32_t static_zero, int threads) {
+         uintptr_t zero, uintptr_t sum, bool symmetric, float static_scale, int32_t static_zero, int64_t group, bool wide16, int threads) {
         Args args{};
         args.x = pointer<const void>(x);
         args.ldx = ldx;
@@ -17,6 +17,10 @@ void bind(py::module_& m) {
         args.k_padded = k;
         args.codes = pointer<void>(codes);
         args.ldc = ldc;
+        args.bits = wide16 ? 16 : 8;
+        args.wide = wide16;
+        args.group = group;
+        args.scale_per_group = group > 0;
         args.scale = pointer<float>(scale);
         args.zero = pointer<int32_t>(zero);
         args.sum = pointer<int32_t>(sum);

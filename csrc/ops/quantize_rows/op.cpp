@@ -22,6 +22,14 @@ constexpr int64_t elements_per_thread = 32 * 1024;
 
 }  // namespace
 
+int Args::parts() const { return bits == 16 && !wide ? 2 : 1; }
+int64_t Args::code_bytes() const { return wide ? 2 : 1; }
+int64_t Args::codes_per_row() const { return k_padded * parts(); }
+int64_t Args::scales_per_row() const { return scale_per_group ? sums_per_row() / parts() : 1; }
+int64_t Args::sums_per_row() const {
+  return group ? std::max<int64_t>(1, (k_padded + group - 1) / group) * parts() : 1;
+}
+
 OpTable table() { return op_table<Kernel>("quantize_rows", kernels); }
 
 const Kernel& select() { return halfbyte::select<Kernel>(kernels, active_isas()); }
@@ -32,8 +40,10 @@ void run(const Args& args, int64_t m, int threads) {
   check(args.k <= max_k, "quantize_rows: k ", args.k, " exceeds ", max_k, ", beyond which a row's sum overflows int32");
   check(m == 0 || args.k == 0 || (args.x && args.codes), "quantize_rows: x or the codes have no memory");
   check(m == 0 || (args.scale && args.sum), "quantize_rows: scale or sum have no memory");
+  check(args.bits == 8 || (args.bits == 16 && args.scale_per_group), "quantize_rows: 16-bit codes have a scale per group");
+  check(!args.scale_per_group || (args.group > 0 && args.symmetric), "quantize_rows: scales per group are symmetric");
   check(!args.symmetric || args.static_scale == 0, "quantize_rows: a static scale is asymmetric");
-  check(m <= 1 || (args.ldx >= args.k && args.ldc >= args.k_padded), "quantize_rows: rows overlap: strides ", args.ldx,
+  check(m <= 1 || (args.ldx >= args.k && args.ldc >= args.codes_per_row()), "quantize_rows: rows overlap: strides ", args.ldx,
         " and ", args.ldc, " for ", args.k, " elements");
   check(args.x_type != DType::i32, "quantize_rows: x must be float32, bfloat16 or float16");
   check(args.static_scale == 0 || (std::isfinite(args.static_scale) && args.static_scale >= 0x1p-100f),

@@ -1,14 +1,19 @@
-// quantize_rows: rows of floats -> int8 codes, one scale, one zero point and the sum of the codes per row.
+// quantize_rows: rows of floats -> integer codes, one scale, one zero point and the sum of the codes per row.
 //
 //   asymmetric (activations)   lo = min(0, min x), hi = max(0, max x), s = hi/255 - lo/255
 //                              z = clip(rint(-(lo/s)) - 128, -128, 127)
 //                              q = clip(rint(x/s) + z, -128, 127)            x ~ (q - z) * s, zero is exact
 //   symmetric (weights)        s = max|x| / 127, q = clip(rint(x/s), -127, 127), z = 0
+//   symmetric, 16 bits         s = max|x| / 32639, q = clip(rint(x/s), -32639, 32639), z = 0
 //   static                     s and z are given
 //
+// In groups of k, each group of a row has a sum of its own and, where wanted, a scale of its own (symmetric then).
+// 16-bit codes go to int16, or to int8 in two parts q = 256 high + low with low = -128 .. 127, so that |high| <= 127: per
+// group all high parts, then all low ones, with a sum each.
+//
 // x/s stands for x * (1/s) with 1/s rounded to float32; rint rounds half to even. |x - (q - z)s| <= s/2 (1 + 2^-20)
-// inside the range. A row whose s is below 2^-100 counts as zeros: s = 1, codes 0. A row with a NaN or an infinity
-// gives s = NaN, z = 0 and codes 0, so that whatever is computed from it is NaN.
+// inside the range (2^-9 in place of 2^-20 for 16 bits). A row (group) whose s is below 2^-100 counts as zeros: s = 1,
+// codes 0. One with a NaN or an infinity gives s = NaN, z = 0 and codes 0, so that whatever is computed from it is NaN.
 // Every kernel performs the same float32 operations, so codes, scales and sums agree bit for bit.
 #pragma once
 #include "core/kernel.h"
@@ -23,15 +28,24 @@ struct Args {
   DType x_type;
   int64_t k;
   int64_t k_padded;  // codes k .. k_padded-1 are set to 0
-  void* codes;       // int8, or int16 when `wide` (the avx2 GEMM multiplies 16-bit numbers)
-  int64_t ldc;       // codes between rows
-  bool wide;
+  void* codes;
+  int64_t ldc;  // codes between rows
+  int bits;     // 8, or 16 (symmetric, in groups)
+  bool wide;    // int16 codes (the avx2 GEMM multiplies 16-bit numbers); otherwise int8, two per element where bits is 16
+  int64_t group;         // k per sum; 0: all of a row
+  bool scale_per_group;  // then symmetric and without zero
   float* scale;
-  int32_t* zero;  // may be null
+  int32_t* zero;  // may be null where symmetric
   int32_t* sum;
   bool symmetric;
   float static_scale;  // 0: found per row
   int32_t static_zero;
+
+  int parts() const;  // codes per element
+  int64_t code_bytes() const;
+  int64_t codes_per_row() const;
+  int64_t scales_per_row() const;
+  int64_t sums_per_row() const;
 };
 
 struct Kernel {

@@ -1,0 +1,48 @@
+// Python binding of packed weights and of the linear ops.
+#include "bindings/bind.h"
+#include "core/linear.h"
+
+namespace halfbyte {
+
+void bind_linear(py::module_& m) {
+  py::class_<PackedWeight, std::shared_ptr<PackedWeight>>(m, "PackedWeight")
+      .def_property_readonly("op", [](const PackedWeight& p) { return p.format.op->name; })
+      .def_readonly("n", &PackedWeight::n)
+      .def_readonly("k", &PackedWeight::k)
+      .def_property_readonly("group", [](const PackedWeight& p) { return p.format.group; })
+      .def_property_readonly("activation_group", [](const PackedWeight& p) { return p.format.activation_group; })
+      .def_property_readonly("nbytes", &PackedWeight::nbytes);
+  m.def(
+      "pack_linear",
+      [](const std::string& op, uintptr_t codes, int64_t n, int64_t k, int64_t ld, uintptr_t scale, int64_t group,
+         uintptr_t group_scale, int group_scale_type, uintptr_t zero, uintptr_t minimum, bool nf4, int64_t activation_group,
+         int threads) {
+        return pack_linear(linear_op(op),
+                           {.n = n, .k = k, .codes = pointer<const void>(codes), .ld = ld,
+                            .scale = pointer<const float>(scale), .group = group,
+                            .group_scale = pointer<const void>(group_scale), .group_scale_type = dtype(group_scale_type),
+                            .zero = pointer<const int8_t>(zero), .minimum = pointer<const void>(minimum), .nf4 = nf4,
+                            .activation_group = activation_group},
+                           threads);
+      },
+      py::arg("op"), py::arg("codes"), py::arg("n"), py::arg("k"), py::arg("ld"), py::arg("scale"), py::arg("group") = 0,
+      py::arg("group_scale") = 0, py::arg("group_scale_type") = 0, py::arg("zero") = 0, py::arg("minimum") = 0,
+      py::arg("nf4") = false, py::arg("activation_group") = 0, py::arg("threads") = 0,
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "unpack_linear",
+      [](const PackedWeight& packed, uintptr_t codes, int64_t ld) { unpack_linear(packed, pointer<void>(codes), ld); },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "linear",
+      [](const PackedWeight& packed, int64_t rows, uintptr_t a, int64_t lda, int a_type, uintptr_t c, int64_t ldc,
+         int c_type, uintptr_t bias, int activation_code, uintptr_t residual, int64_t ldr, int residual_type,
+         float static_scale, int32_t static_zero, int threads) {
+        run_linear(packed, {rows, pointer<const void>(a), lda, dtype(a_type), pointer<void>(c), ldc, dtype(c_type),
+                            pointer<const float>(bias), activation(activation_code), pointer<const void>(residual), ldr,
+                            dtype(residual_type), static_scale, static_zero, threads});
+      },
+      py::call_guard<py::gil_scoped_release>());
+}
+
+}  // namespace halfbyte

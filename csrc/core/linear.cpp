@@ -1,0 +1,71 @@
+// The linear ops: checks, choice of the kernels, hand-over to the driver.
+#include "core/linear.h"
+
+#include <cmath>
+
+#include "core/check.h"
+#include "core/driver.h"
+
+namespace halfbyte {
+namespace {
+
+void check_args(const PackedWeight& packed, const LinearArgs& args) {
+  const char* const op = packed.format.op->name;
+  check(args.m >= 0, op, ": negative row count ", args.m);
+  check(args.m <= 1 || args.lda >= packed.k, op, ": rows of x overlap: stride ", args.lda, " for ", packed.k, " elements");
+  check(args.m <= 1 || args.ldc >= packed.n, op, ": rows of the output overlap: stride ", args.ldc, " for ", packed.n,
+        " elements");
+  check(args.m == 0 || packed.k == 0 || args.a, op, ": x has no memory");
+  check(args.m == 0 || packed.n == 0 || args.c, op, ": the output has no memory");
+  check(args.a_type != DType::i32, op, ": x must be float32, bfloat16 or float16");
+  check(args.c_type != DType::i32 || !packed.grouped(), op,
+        ": this weight has sums per group of k, so there is no int32 output of one raw accumulator");
+  check(args.c_type != DType::i32 || (!args.bias && !args.residual && args.activation == Activation::none), op,
+        ": int32 output is the raw accumulator and takes no bias, activation or residual");
+  check(!args.residual || args.residual_type != DType::i32, op, ": the residual must be a float type");
+  check(!args.residual || args.m <= 1 || args.ldr >= packed.n || args.ldr == 0, op,
+        ": rows of the residual overlap: stride ", args.ldr, " for ", packed.n, " elements");
+  if (args.static_scale == 0) return;
+  check(packed.format.activation_group == 0, op, ": activations are scaled per group here; a static scale is per tensor");
+  check(std::isfinite(args.static_scale) && args.static_scale >= 0x1p-100f, op,
+        ": a static scale must be finite and at least 2^-100, got ", args.static_scale);
+  check(args.static_zero >= -128 && args.static_zero <= 127, op, ": a static zero point must lie in [-128, 127], got ",
+        args.static_zero);
+}
+
+}  // namespace
+
+const LinearOp& linear_op(const std::string& name) {
+  std::string known;
+  for (const OpTable& table : op_tables()) {
+    if (!table.linear) continue;
+    if (name == table.op) return *table.linear;
+    known += std::string(known.empty() ? "" : ", ") + table.op;
+  }
+  fail("no linear op '", name, "': there are ", known);
+}
+
+void run_linear(const PackedWeight& packed, const LinearArgs& args) {
+  check_args(packed, args);
+  if (args.m == 0 || packed.n == 0) return;
+  GemmCall call{};
+  call.a.x = args.a;
+  call.a.ldx = args.lda;
+  call.a.x_type = args.a_type;
+  call.a.k = packed.k;
+  call.a.static_scale = args.static_scale;
+  call.a.static_zero = args.static_zero;
+  call.out.bias = args.bias;
+  call.out.activation = args.activation;
+  call.out.c = args.c;
+  call.out.ldc = args.ldc;
+  call.out.c_type = args.c_type;
+  call.out.residual = args.residual;
+  call.out.ldr = args.ldr;
+  call.out.residual_type = args.residual_type;
+  call.m = args.m;
+  call.threads = args.threads;
+  gemm(select<GemmKernel>(packed.format.op->kernels, active_isas()), quantize_rows::select(), packed, call);
+}
+
+}  // namespace halfbyte

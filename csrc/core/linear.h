@@ -1,0 +1,70 @@
+// The linear ops: y = activation(x W^T + bias) + residual on packed weights. An op is a name, two numbers of bits and a
+// list of kernels; what is common to all is here.
+#pragma once
+#include <span>
+
+#include "core/dispatch.h"
+#include "core/packed_weight.h"
+
+namespace halfbyte {
+
+struct LinearOp {
+  const char* name;
+  int weight_bits, activation_bits;
+  std::span<const GemmKernel* const> kernels;  // best first
+};
+
+const LinearOp& linear_op(const std::string& name);  // throws std::invalid_argument
+
+// Most k whose exact int32 sum cannot overflow: whole multiples of 64 below (2^31 - 1) / (255 * 128).
+constexpr int64_t max_k = 65792;
+// 16-bit activations are summed over this many k at most: 32639 * 255 * 128 < 2^31.
+constexpr int64_t wide_group = 128;
+
+// A weight as it is stored: rows of codes and, where there are any, [n][groups] of the rest, dense.
+//   w = ((c - zero) * group_scale + minimum) * scale
+// c is the int8 code; of 4-bit codes the nibble u (zero is 8 where none is given and there is no minimum); with nf4
+// nf4_table[u]. See docs/ops/linear_w4a8.md.
+struct StoredWeight {
+  int64_t n, k;
+  const void* codes;     // int8 [n][k], or bytes [n][(k + 1) / 2] with even k in the low half
+  int64_t ld;            // bytes between rows
+  const float* scale;    // [n]
+  int64_t group;         // 0: per channel; else a multiple of 4
+  const void* group_scale;  // may be null
+  DType group_scale_type;   // f32 or f16; of minimum too
+  const int8_t* zero;       // may be null
+  const void* minimum;      // may be null
+  bool nf4;
+  int64_t activation_group;  // 0: per token; otherwise `group`, or anything where that is 0
+};
+
+// The levels of NormalFloat4 (Dettmers et al. 2023, appendix E) times 127, rounded.
+constexpr int8_t nf4_table[16] = {-127, -88, -67, -50, -36, -23, -12, 0, 10, 20, 31, 43, 56, 71, 92, 127};
+
+// Throw std::invalid_argument.
+PackedWeight pack_linear(const LinearOp& op, const StoredWeight& weight, int threads);
+void unpack_linear(const PackedWeight& packed, void* codes, int64_t ld);
+
+struct LinearArgs {
+  int64_t m;
+  const void* a;
+  int64_t lda;  // elements between rows
+  DType a_type;
+  void* c;
+  int64_t ldc;
+  DType c_type;       // i32: the sums themselves, of a weight without groups; takes no bias, activation or residual
+  const float* bias;  // may be null
+  Activation activation;
+  const void* residual;  // may be null
+  int64_t ldr;
+  DType residual_type;
+  float static_scale;  // 0: dynamic
+  int32_t static_zero;
+  int threads;  // 0: default
+};
+
+// Throws std::invalid_argument.
+void run_linear(const PackedWeight& packed, const LinearArgs& args);
+
+}  // namespace halfbyte
