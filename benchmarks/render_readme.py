@@ -11,13 +11,15 @@ import sys
 from itertools import groupby
 from pathlib import Path
 
+from halfbyte.bench.ceilings import products_per_weight
 from halfbyte.bench.machine import sentence
-from halfbyte.bench.peers import INT8_PEERS
+from halfbyte.bench.peers import PEERS, QUANTIZED_PEERS
 from halfbyte.tables import markdown_table, percent, significant
 
 ROOT = Path(__file__).resolve().parent.parent
 START, END = "<!-- bench:start -->", "<!-- bench:end -->"
 OURS = "halfbyte"
+_PLAIN = "w8a8"
 
 
 def main() -> int:
@@ -69,14 +71,22 @@ def _versions(results: list[dict]) -> str:
 
 
 def _linear(results: list[dict]) -> str:
+    """A table for each scheme, w8a8 first."""
     shapes = [(r, shape) for r in results for shape in r["results"]]
-    named = {row["name"] for _, shape in shapes for row in shape["rows"]}
-    names = [n for r in results for n in r["settings"]["vs"] if n in named]
-    peers = list(dict.fromkeys(names))
-    headers = ["m x n x k", OURS, "ceiling", "of ceiling", "best int8 peer", "faster than it", *peers]
-    return "Microseconds:\n\n" + markdown_table(
-        headers, [_linear_row(r, shape, peers) for r, shape in shapes]
+    schemes = sorted({shape["scheme"] for _, shape in shapes}, key=lambda name: (name != _PLAIN, name))
+    return "\n\n".join(
+        _linear_table(scheme, [(r, shape) for r, shape in shapes if shape["scheme"] == scheme])
+        for scheme in schemes
     )
+
+
+def _linear_table(scheme: str, shapes: list[tuple[dict, dict]]) -> str:
+    named = {row["name"] for _, shape in shapes for row in shape["rows"]}
+    peers = [name for name in PEERS if name in named]
+    kind = "int8" if scheme == _PLAIN else "quantized"
+    headers = ["m x n x k", OURS, "ceiling", "of ceiling", f"best {kind} peer", "faster than it", *peers]
+    title = "Microseconds" if scheme == _PLAIN else f"Microseconds, `{scheme}`"
+    return f"{title}:\n\n" + markdown_table(headers, [_linear_row(r, shape, peers) for r, shape in shapes])
 
 
 def _linear_row(result: dict, shape: dict, peers: list[str]) -> list[str]:
@@ -85,12 +95,13 @@ def _linear_row(result: dict, shape: dict, peers: list[str]) -> list[str]:
     top = shape["ceilings"]
     limits = []  # (seconds at that ceiling, fraction of it that was reached)
     if top["int8"]:
-        limits.append((2 * shape["m"] * shape["n"] * shape["k"] / top["int8"], mine["of_peak"]))
+        products = products_per_weight(shape["scheme"]) * shape["m"] * shape["n"] * shape["k"]
+        limits.append((2 * products / top["int8"], mine["of_peak"]))
     if mine["read_level"]:
         rate = top["dram_read" if mine["read_level"].startswith("DRAM") else "cache_read"]
         limits.append((mine["bytes"] / rate, mine["of_read"]))
     seconds, reached = max(limits, default=(None, None))
-    rivals = [row for name, row in rows.items() if name in INT8_PEERS]
+    rivals = [row for name, row in rows.items() if name in QUANTIZED_PEERS]
     best = min(rivals, key=lambda row: row["us"], default=None)
     forced = result["settings"]["isa"] or result["machine"]["forced_isa"]
     label = f"{shape['m']}x{shape['n']}x{shape['k']}" + (", cold" if shape["cold"] else "")
@@ -140,7 +151,23 @@ def _quality(results: list[dict]) -> str:
     return title + markdown_table(["", "Spearman", "change"], rows)
 
 
-_TABLES = {"linear": _linear, "model": _model, "quality": _quality}
+def _perplexity(results: list[dict]) -> str:
+    blocks = []
+    for result in results:
+        text = result["text"]
+        rows = [
+            [row["name"], f"{row['perplexity']:.3f}", f"{row['ratio']:.4f}", row["note"]]
+            for row in result["rows"]
+            if "perplexity" in row
+        ]
+        blocks.append(
+            f"{result['model']}, perplexity of {text['scored_tokens']} tokens of {text['source']}:\n\n"
+            + markdown_table(["", "perplexity", "to float32", "what it is"], rows)
+        )
+    return "\n\n".join(blocks)
+
+
+_TABLES = {"linear": _linear, "model": _model, "quality": _quality, "perplexity": _perplexity}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -21,6 +21,9 @@ enum Isa : uint32_t {
   isa_neon_i8mm = 1u << 7,    // smmla / usmmla
 };
 
+// The levels of NormalFloat4 (Dettmers et al. 2023, appendix E) times 127, rounded.
+constexpr int8_t nf4_levels[16] = {-127, -88, -67, -50, -36, -23, -12, 0, 10, 20, 31, 43, 56, 71, 92, 127};
+
 struct KernelInfo {
   const char* name;
   const char* isa;

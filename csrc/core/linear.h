@@ -24,7 +24,7 @@ constexpr int64_t wide_group = 128;
 // A weight as it is stored: rows of codes and, where there are any, [n][groups] of the rest, dense.
 //   w = ((c - zero) * group_scale + minimum) * scale
 // c is the int8 code; of 4-bit codes the nibble u (zero is 8 where none is given and there is no minimum); with nf4
-// nf4_table[u]. See docs/ops/linear_w4a8.md.
+// nf4_levels[u]. See docs/ops/linear_w4a8.md.
 struct StoredWeight {
   int64_t n, k;
   const void* codes;     // int8 [n][k], or bytes [n][(k + 1) / 2] with even k in the low half
@@ -38,9 +38,6 @@ struct StoredWeight {
   bool nf4;
   int64_t activation_group;  // 0: per token; otherwise `group`, or anything where that is 0
 };
-
-// The levels of NormalFloat4 (Dettmers et al. 2023, appendix E) times 127, rounded.
-constexpr int8_t nf4_table[16] = {-127, -88, -67, -50, -36, -23, -12, 0, 10, 20, 31, 43, 56, 71, 92, 127};
 
 // Throw std::invalid_argument.
 PackedWeight pack_linear(const LinearOp& op, const StoredWeight& weight, int threads);

@@ -128,7 +128,7 @@ struct Channel {
       const int u = i < end ? code(i) : blank;
       uint8_t& byte = out[i % quad];
       byte = static_cast<uint8_t>(high ? byte | u << 4 : u);  // the low channel comes first
-      if (i < end) sum += w.nf4 ? nf4_table[u] : u;
+      if (i < end) sum += w.nf4 ? nf4_levels[u] : u;
       if (i % quad == quad - 1) out += byte_line / 2;
     }
     return sum;

@@ -16,7 +16,7 @@
 namespace halfbyte::avx512_vnni {
 namespace {
 
-constexpr int unroll = 4;  // a group has a multiple of 8 quads
+constexpr int unroll = 8;  // a group has a multiple of 8 quads
 
 // How far ahead of the multiplication a panel is fetched; see ops/linear_w8a8/avx512_vnni.cpp.
 constexpr int prefetch_bytes = 16 * 1024;
@@ -41,9 +41,8 @@ struct Nf4 {
   static constexpr int line = byte_line / 2, low_shift = 7, high_shift = 7;
   static HALFBYTE_INLINE void load(const uint8_t* p, I& low, I& high) {
     const I x = _mm512_loadu_si512(p), mask = _mm512_set1_epi8(0x0f);
-    // The levels + 128.
-    const I levels = _mm512_broadcast_i32x4(
-        _mm_setr_epi8(1, 40, 61, 78, 92, 105, 116, -128, -118, -108, -97, -85, -72, -57, -36, -1));
+    const __m128i signed_levels = _mm_loadu_si128(reinterpret_cast<const __m128i*>(nf4_levels));
+    const I levels = _mm512_broadcast_i32x4(_mm_xor_si128(signed_levels, _mm_set1_epi8(-128)));  // + 128
     low = _mm512_shuffle_epi8(levels, _mm512_and_si512(x, mask));
     high = _mm512_shuffle_epi8(levels, _mm512_and_si512(_mm512_srli_epi16(x, 4), mask));
   }
@@ -128,7 +127,7 @@ void tile_of(const TileArgs& t) {
     }
     b += header_bytes;
     for (int64_t q = 0; q < quads; q += unroll) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int u = 0; u < unroll; ++u) {
 #pragma GCC unroll 4
         for (int panel = 0; panel < panels; ++panel) {

@@ -84,7 +84,6 @@ void tile_in_groups(const TileArgs& t) {
 template <auto byte_sums, int max_rows, class Code>
 void nibble_sums(const TileArgs& t) {
   constexpr int64_t most_quads = 64;
-  constexpr uint8_t nf4[16] = {1, 40, 61, 78, 92, 105, 116, 128, 138, 148, 159, 171, 184, 199, 220, 255};
   alignas(64) uint8_t bytes[most_quads * byte_line];
   alignas(64) int32_t more[max_rows * panel_width];
   TileArgs part = t;
@@ -95,13 +94,15 @@ void nibble_sums(const TileArgs& t) {
     for (int64_t i = 0; i < part.quads; ++i, line += byte_line / 2) {
       uint8_t *const low = bytes + i * byte_line, *const high = low + byte_line / 2;
       for (int c = 0; c < byte_line / 2; ++c) {
-        low[c] = t.nf4 ? nf4[line[c] & 15] : line[c] & 15;
-        high[c] = t.nf4 ? nf4[line[c] >> 4] : line[c] & 0xf0;
+        low[c] = static_cast<uint8_t>(t.nf4 ? nf4_levels[line[c] & 15] + 128 : line[c] & 15);
+        high[c] = static_cast<uint8_t>(t.nf4 ? nf4_levels[line[c] >> 4] + 128 : line[c] & 0xf0);
       }
     }
     part.acc = q ? more : t.acc;
     byte_sums(part);
-    for (int i = 0; q && i < t.rows * panel_width; ++i) t.acc[i] += more[i];
+    for (int i = 0; q && i < t.rows * panel_width; ++i) {
+      t.acc[i] = static_cast<int32_t>(static_cast<uint32_t>(t.acc[i]) + static_cast<uint32_t>(more[i]));
+    }
     part.a = static_cast<const Code*>(part.a) + part.quads * quad;
   }
 }

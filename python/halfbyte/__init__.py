@@ -1,4 +1,4 @@
-"""halfbyte: int8 kernels that make the linear layers of eager PyTorch models small and fast on the CPU.
+"""halfbyte: int8 and int4 kernels that make eager PyTorch models small and fast on the CPU.
 
 Importing this needs numpy only; torch is met when a tensor or model is passed, or a name that needs it used.
 """
@@ -22,7 +22,8 @@ from .errors import (
 )
 from .ops import linear
 from .pack import PackedWeight, pack
-from .quantize import QuantizedTensor, RowQuantized, dequantize, quantize, quantize_rows
+from .quantize import RowQuantized, dequantize, quantize, quantize_rows
+from .quantized_tensor import QuantizedTensor
 from .scheme import Scheme
 
 __version__: str = _core.build_info()["version"]
@@ -30,6 +31,7 @@ __version__: str = _core.build_info()["version"]
 # Names that need torch, and the modules that hold them. No module is called as a name is: importing a
 # submodule binds it in the package, over a function of that name.
 _NEED_TORCH = {
+    "QEmbedding": "embedding",
     "QLinear": "qlinear",
     "quantize_": "convert",
     "quantize_dynamic": "convert",
@@ -37,6 +39,9 @@ _NEED_TORCH = {
     "decalibrate_": "calibration",
     "save": "io",
     "load": "io",
+    "read_gguf": "gguf",
+    "read_checkpoint": "checkpoints",
+    "load_quantized_": "loading",
     "summary": "report",
     "Summary": "report",
 }

@@ -1,8 +1,9 @@
-"""The C++ extension. Tensors cross as address, shape and row stride (in elements); the caller keeps them
-alive.
+"""The C++ extension. Tensors cross as address, shape and row stride (in elements; in bytes for codes, as
+ld_bytes); the caller keeps them alive, and passes 0 for one that is not there.
 
 dtype codes: 0 float32, 1 bfloat16, 2 float16, 3 int32. activation codes: 0 none, 1 relu, 2 gelu, 3 gelu_tanh,
-4 silu. Bad arguments raise ValueError, an instruction set that this machine lacks RuntimeError.
+4 silu. Bad arguments raise ValueError, an id outside an embedding IndexError, an instruction set that this
+machine lacks RuntimeError.
 """
 
 class PackedWeight:
@@ -14,6 +15,10 @@ class PackedWeight:
     def k(self) -> int: ...
     @property
     def nbytes(self) -> int: ...
+    @property
+    def group(self) -> int: ...
+    @property
+    def activation_group(self) -> int: ...
 
 def cpu_features() -> dict[str, bool]: ...
 def kernels() -> list[dict[str, str | bool]]: ...
@@ -39,11 +44,28 @@ def quantize_rows(
     symmetric: bool,
     static_scale: float,
     static_zero: int,
+    group: int,
+    wide16: bool,
     threads: int,
 ) -> None: ...
-def pack_linear_w8a8(codes: int, n: int, k: int, ld: int, scale: int, threads: int = 0) -> PackedWeight: ...
-def unpack_linear_w8a8(packed: PackedWeight, codes: int, ld: int) -> None: ...
-def linear_w8a8(
+def pack_linear(
+    op: str,
+    codes: int,
+    n: int,
+    k: int,
+    ld_bytes: int,
+    scale: int,
+    group: int = 0,
+    group_scale: int = 0,
+    group_scale_type: int = 0,
+    zero: int = 0,
+    minimum: int = 0,
+    nf4: bool = False,
+    activation_group: int = 0,
+    threads: int = 0,
+) -> PackedWeight: ...
+def unpack_linear(packed: PackedWeight, codes: int, ld_bytes: int) -> None: ...
+def linear(
     packed: PackedWeight,
     m: int,
     a: int,
@@ -59,6 +81,26 @@ def linear_w8a8(
     residual_dtype: int,
     static_scale: float,
     static_zero: int,
+    threads: int,
+) -> None: ...
+def embedding(
+    codes: int,
+    n: int,
+    k: int,
+    ld_bytes: int,
+    bits: int,
+    nf4: bool,
+    scale: int,
+    group: int,
+    group_scale: int,
+    group_scale_type: int,
+    zero: int,
+    minimum: int,
+    ids: int,
+    m: int,
+    out: int,
+    ldo: int,
+    out_type: int,
     threads: int,
 ) -> None: ...
 

@@ -22,14 +22,34 @@ Array = Any  # numpy.ndarray or torch.Tensor
 
 class _Numpy:
     name = "a numpy array"
-    float32, int8, int32 = np.dtype(np.float32), np.dtype(np.int8), np.dtype(np.int32)
-    codes = {float32: F32, np.dtype(np.float16): F16, int32: I32}
+    module = np  # for functions that numpy and torch call by one position of arguments
+    float32, float16 = np.dtype(np.float32), np.dtype(np.float16)
+    int8, uint8, int32 = np.dtype(np.int8), np.dtype(np.uint8), np.dtype(np.int32)
+    codes = {float32: F32, float16: F16, int32: I32}
 
     def owns(self, x: object) -> bool:
         return isinstance(x, np.ndarray)
 
     def check_memory(self, x: np.ndarray, what: str) -> None:
         pass
+
+    def has_values(self, x: np.ndarray) -> bool:
+        return True
+
+    def bounds(self, x: np.ndarray) -> tuple[float, float]:
+        return float(x.min()), float(x.max())
+
+    def to_numpy(self, x: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(x, np.float32)
+
+    def from_numpy(self, x: np.ndarray) -> np.ndarray:
+        return x
+
+    def repeat(self, x: np.ndarray, times: int) -> np.ndarray:
+        return np.repeat(x, times, 1)
+
+    def take(self, table: tuple[int, ...], index: np.ndarray) -> np.ndarray:
+        return np.array(table, np.int8)[index]
 
     def dtype(self, spec: object) -> np.dtype:
         return np.dtype(spec)
@@ -60,7 +80,9 @@ class _Torch:
 
     def __init__(self, torch: Any):
         self.torch = torch
-        self.float32, self.int8, self.int32 = torch.float32, torch.int8, torch.int32
+        self.module = torch
+        self.float32, self.float16 = torch.float32, torch.float16
+        self.int8, self.uint8, self.int32 = torch.int8, torch.uint8, torch.int32
         self.codes = {torch.float32: F32, torch.bfloat16: BF16, torch.float16: F16, torch.int32: I32}
 
     def owns(self, x: object) -> bool:
@@ -89,6 +111,27 @@ class _Torch:
             return x.numel() == 0 or (x.untyped_storage().nbytes() > 0 and x.data_ptr() != 0)
         except RuntimeError:  # a tensor of vmap and its kind
             return False
+
+    def has_values(self, x: Any) -> bool:
+        """Whether the numbers can be looked at, at no cost, and unseen by modes that record or fake."""
+        dense = not x.is_meta and x.device.type == "cpu" and x.layout is self.torch.strided
+        return dense and self._has_memory(x) and not self.torch._C._len_torch_dispatch_stack()
+
+    def bounds(self, x: Any) -> tuple[float, float]:
+        return tuple(bound.item() for bound in x.detach().aminmax())
+
+    def to_numpy(self, x: Any) -> np.ndarray:
+        return self.cast(x, self.float32).numpy()
+
+    def from_numpy(self, x: np.ndarray) -> Any:
+        return self.torch.from_numpy(x)
+
+    def repeat(self, x: Any, times: int) -> Any:
+        return x.repeat_interleave(times, 1)
+
+    def take(self, table: tuple[int, ...], index: Any) -> Any:
+        values = self.torch.tensor(table, dtype=self.int8, device=index.device)
+        return values.index_select(0, index.reshape(-1).to(self.int32)).reshape(index.shape)
 
     def dtype(self, spec: object) -> Any:
         return spec
@@ -119,15 +162,19 @@ NUMPY = _Numpy()
 _torch = cache(_Torch)
 
 
-def kind_of(x: object, what: str) -> Kind:
-    """The adapter for `x`, whose memory the kernels can read; DTypeError or DeviceError otherwise."""
+def owner_of(x: object, what: str) -> Kind:
+    """The adapter for `x`, which may lack memory (on the meta device, say); DTypeError for other types."""
     torch = sys.modules.get("torch")
     if NUMPY.owns(x):
-        kind = NUMPY
-    elif torch is not None and _torch(torch).owns(x):
-        kind = _torch(torch)
-    else:
-        raise DTypeError(f"{what} must be a numpy array or a torch tensor, not {type(x).__name__}")
+        return NUMPY
+    if torch is not None and _torch(torch).owns(x):
+        return _torch(torch)
+    raise DTypeError(f"{what} must be a numpy array or a torch tensor, not {type(x).__name__}")
+
+
+def kind_of(x: object, what: str) -> Kind:
+    """The adapter for `x`, whose memory the kernels can read; DTypeError or DeviceError otherwise."""
+    kind = owner_of(x, what)
     kind.check_memory(x, what)
     return kind
 
@@ -137,10 +184,15 @@ def wraps(tensor: Any) -> bool:
     return type(tensor).__torch_dispatch__ is not sys.modules["torch"].Tensor.__torch_dispatch__
 
 
-def check_kind(kind: Kind, x: object, what: str, like: str) -> None:
-    """DTypeError or DeviceError unless `x` is readable memory of the given kind."""
+def check_owner(kind: Kind, x: object, what: str, like: str) -> None:
+    """DTypeError unless `x` is of the given kind."""
     if not kind.owns(x):
         raise DTypeError(f"{what} must be {kind.name} as {like} is, not {type(x).__name__}")
+
+
+def check_kind(kind: Kind, x: object, what: str, like: str) -> None:
+    """DTypeError or DeviceError unless `x` is readable memory of the given kind."""
+    check_owner(kind, x, what, like)
     kind.check_memory(x, what)
 
 

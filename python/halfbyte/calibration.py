@@ -26,21 +26,29 @@ def calibrate(model: nn.Module, observer: str = "minmax", percentile: float = 99
     """Run typical inputs through `model` within the block; at its end every QLinear that ran becomes static.
 
     A static layer quantizes all inputs with one scale and zero point, which saves the pass that finds them
-    per token and costs accuracy where tokens differ. Within the block layers are dynamic.
+    per token and costs accuracy where tokens differ. Within the block layers are dynamic. Layers whose scheme
+    scales activations per group of features (a16, +ag) are left out.
 
     observer: "minmax", "percentile" (the range that holds the central `percentile` percent of the values), or
     "mse" (the range of least squared error). Clipping hurts models with outlier features, as transformers
     have: compare before you choose. Layers that did not run keep what they had, and are named in a warning;
     after an exception, every layer does.
 
-    Raises ModelError for a model without a QLinear, ValueError for an unknown observer or percentile,
-    NonFiniteError naming the layer when an input holds a NaN or an infinity.
+    Raises ModelError for a model without a QLinear that can become static, ValueError for an unknown observer
+    or percentile, NonFiniteError naming the layer when an input holds a NaN or an infinity.
     """
     check_module(model, "calibrate")
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, QLinear)}
-    if not layers:
+    quantized = {name: module for name, module in model.named_modules() if isinstance(module, QLinear)}
+    if not quantized:
         raise ModelError(
             f"this {type(model).__name__} has no quantized layer to calibrate; call halfbyte.quantize_ first"
+        )
+    layers = {name: module for name, module in quantized.items() if module.scheme.per_token}
+    if not layers:
+        schemes = ", ".join(sorted({str(module.scheme) for module in quantized.values()}))
+        raise ModelError(
+            f"the layers of this {type(model).__name__} have the scheme {schemes}, whose activations have "
+            "scales per group of features: there is nothing to calibrate"
         )
     if not 0 < percentile <= 100:
         raise ValueError(f"percentile is {percentile}; it must be above 0 and at most 100")

@@ -1,12 +1,10 @@
-"""Replacing the linear layers of a model in place: which ones, how, and why the others stay float."""
+"""Replacing the linear layers and embeddings of a model in place: which, how, why the others stay float."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import dataclasses
-import fnmatch
-import re
 import signal
 import threading
 import warnings
@@ -17,21 +15,36 @@ import torch
 from torch import Tensor, nn
 
 from .arrays import check_vector, kind_of
-from .errors import DTypeError, ModelError
-from .modules import check_module, extra_attributes, is_linear, join, obstacle, replace, shape_of, sites
+from .embedding import QEmbedding
+from .errors import DTypeError, ModelError, SchemeError
+from .modules import (
+    check_module,
+    extra_attributes,
+    is_embedding,
+    is_linear,
+    join,
+    obstacle,
+    replace,
+    shape_of,
+    sites,
+)
 from .qlinear import QLinear
 from .quantize import QuantizedTensor, quantize
+from .rules import Decision, Patterns, Rules, Schemes
 from .scheme import Scheme
+from .search import METHODS
 
-Rules = str | Scheme | Mapping[str, "str | Scheme | None"]
+Decide = Callable[[list[str], nn.Module], Decision | None]
 
 
 def quantize_(
     model: nn.Module,
-    scheme: Rules = "w8a8",
+    scheme: Schemes = "w8a8",
     *,
-    include: str | Iterable[str] | None = None,
-    exclude: str | Iterable[str] | None = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    method: str | None = None,
+    embeddings: str | Scheme | None = None,
     progress: bool = True,
 ) -> nn.Module:
     """Replace the linear layers of `model` by QLinear, in place, and return the model.
@@ -44,30 +57,31 @@ def quantize_(
     Patterns are fnmatch globs, or regular expressions after "re:", matched against the whole dotted name.
     include, exclude: patterns that a layer must, or must not, fit. A layer that the model holds under several
     names fits where one of them does.
+    method: how codes and scales are found, as `quantize` takes it. "hqq" goes to the layers whose scheme it
+    fits (asymmetric, with groups); the others take their default.
+    embeddings: a scheme, of which the weight's part counts: every nn.Embedding that `exclude` does not fit
+    becomes a QEmbedding (not its subclasses, nor one with max_norm, scale_grad_by_freq or sparse).
 
-    Layers that share one weight share its codes. A weight shared with something that stays float (an
-    embedding) stays float too, unless a pattern of `include` or of the mapping asks for its layer, which then
-    gets a copy of its own. `model._halfbyte_report` lists, per layer: name, shape, action ("quantized" or
-    "float") and reason.
+    Layers that share one weight share its codes, a head with its embedding too, if the formats of their codes
+    are equal; otherwise each gets its own. A weight shared with something that stays float (an embedding,
+    say) stays float too, unless a pattern of `include` or of the mapping asks for its layer, which then gets
+    a copy of its own. `model._halfbyte_report` lists, per layer: name, shape, action ("quantized" or
+    "float"), reason and, for a layer quantized from a weight that another one had too, tied_to: its name.
 
-    An error leaves the model as it was, and so does Ctrl-C: every layer is quantized once for trial before
-    the first one is replaced. Each float weight is then released as its layer is replaced, so that the model
-    shrinks while it is converted; Ctrl-C waits for the end of that. Running out of memory there, or a signal
-    other than SIGINT, leaves a mixed model, which works, and which a second call completes.
+    An error leaves the model as it was, and so does Ctrl-C: every layer is quantized once for trial (with
+    method "absmax", which meets every error that a search meets) before the first one is replaced. Each float
+    weight is then released as its layer is replaced, so that the model shrinks while it is converted; Ctrl-C
+    waits for the end of that. Running out of memory there, or a signal other than SIGINT, leaves a mixed
+    model, which works, and which a second call completes.
 
     Raises ModelError (nothing to quantize), NonFiniteError, DeviceError, DTypeError, ShapeError, each naming
     the layer, and SchemeError.
     """
     check_module(model, "quantize_")
-    rules = _Rules(scheme, include, exclude)
-    names = [
-        name
-        for its_names, module, _ in sites(model)
-        for name in its_names
-        if isinstance(module, QLinear) or is_linear(module)
-    ]
-    if names and (idle := rules.idle(names)):
-        warnings.warn(f"quantize_: no linear layer has a name that fits {', '.join(idle)}", stacklevel=2)
+    rules = Rules(scheme, include, exclude, embeddings)
+    linear, tables = _names(model)
+    if (linear or tables) and (idle := rules.idle(linear, tables)):
+        warnings.warn(f"quantize_: no layer has a name that fits {', '.join(idle)}", stacklevel=2)
     chosen, report = _choose(model, rules.decide)
     if not chosen:
         reasons = [f"{row['name'] or 'the model itself'}: {row['reason']}" for row in report]
@@ -75,7 +89,7 @@ def quantize_(
             f"nothing to quantize in this {type(model).__name__}: "
             + ("; ".join(reasons[:8]) or "it has no nn.Linear and no Conv1D")
         )
-    return _convert(model, chosen, report, progress)
+    return _convert(model, chosen, report, progress, method)
 
 
 def quantize_dynamic(
@@ -118,13 +132,15 @@ def quantize_dynamic(
         warnings.warn(f"quantize_dynamic: no module is named {', '.join(unknown)}", stacklevel=2)
     scheme = Scheme.parse("w8a8")
 
-    def decide(names: list[str], module: nn.Module) -> _Decision:
+    def decide(names: list[str], module: nn.Module) -> Decision | None:
+        if isinstance(module, nn.Embedding):
+            return None
         if type(module) is not nn.Linear:
-            return _Decision(None, f"{type(module).__name__} is not in qconfig_spec")
+            return Decision(None, f"{type(module).__name__} is not in qconfig_spec")
         if nn.Linear in spec:
-            return _Decision(scheme)
+            return Decision(scheme)
         named = any(f"{name}.".startswith(f"{prefix}.") for prefix in prefixes for name in names)
-        return _Decision(scheme, asked=True) if named else _Decision(None, "not named in qconfig_spec")
+        return Decision(scheme, asked=True) if named else Decision(None, "not named in qconfig_spec")
 
     if not inplace:
         # A weight that nothing float holds: no reason says that it is shared.
@@ -133,114 +149,73 @@ def quantize_dynamic(
     return _convert(model, *_choose(model, decide), progress=True)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Decision:
-    scheme: Scheme | None  # None: stays float
-    reason: str = ""
-    asked: bool = False  # a pattern of the caller's asks for this very layer
-
-
-class _Rules:
-    """The arguments of quantize_, parsed."""
-
-    def __init__(
-        self, scheme: Rules, include: str | Iterable[str] | None, exclude: str | Iterable[str] | None
-    ):
-        mapping = dict(scheme) if isinstance(scheme, Mapping) else {"_default": scheme}
-        parsed = {p: None if s is None else Scheme.parse(s) for p, s in mapping.items()}
-        self.default = parsed.pop("_default", None)
-        self.mapping = {_Pattern(p): s for p, s in parsed.items()}
-        self.include = None if include is None else _patterns(include)
-        self.exclude = _patterns(exclude or ())
-
-    def idle(self, names: list[str]) -> list[str]:
-        """The patterns that fit none of the names, quoted."""
-        patterns = [*self.mapping, *(self.include or ()), *self.exclude]
-        return [repr(p.text) for p in patterns if not p.fits(*names)]
-
-    def decide(self, names: list[str], module: nn.Module) -> _Decision:
-        if any(p.fits(*names) for p in self.exclude):
-            return _Decision(None, "excluded")
-        if self.include is not None and not any(p.fits(*names) for p in self.include):
-            return _Decision(None, "not included")
-        for pattern, scheme in self.mapping.items():
-            if pattern.fits(*names):
-                return _Decision(
-                    scheme, "" if scheme else f"the mapping says None for {pattern.text!r}", asked=True
-                )
-        if self.default is None:
-            return _Decision(None, "no pattern of the mapping fits it, and its _default is float")
-        return _Decision(self.default, asked=self.include is not None)
-
-
-class _Pattern:
-    """A glob, or a regular expression after "re:", for whole dotted names."""
-
-    def __init__(self, text: str):
-        if not isinstance(text, str):
-            raise DTypeError(f"{text!r} is no pattern for names of layers: it must be a string")
-        self.text = text
-        expression = text[3:] if text.startswith("re:") else fnmatch.translate(text)
-        try:
-            self.regex = re.compile(expression)
-        except re.error as error:
-            raise ValueError(f"the pattern {text!r} is no regular expression: {error}") from None
-
-    def fits(self, *names: str) -> bool:
-        """Whether it fits one of the names."""
-        return any(map(self.regex.fullmatch, names))
-
-
-def _patterns(texts: str | Iterable[str]) -> list[_Pattern]:
-    return [_Pattern(text) for text in ([texts] if isinstance(texts, str) else texts)]
-
-
 @dataclasses.dataclass
 class _Layer:
-    """One float linear layer of the model and the places it is found at."""
+    """One float linear layer or embedding of the model and the places it is found at."""
 
     name: str
     module: nn.Module
     sites: list[tuple[nn.Module, str]]  # (parent, attribute); none for a model that is itself the layer
-    decision: _Decision
+    decision: Decision
+    tied_to: str = ""  # what else had the float weight of this layer, which is to be quantized
 
     @property
     def is_conv1d(self) -> bool:
-        return type(self.module) is not nn.Linear
+        return type(self.module) not in (nn.Linear, nn.Embedding)
 
     @property
     def weight(self) -> Tensor:
         """[n, k], a view."""
         return self.module.weight.t() if self.is_conv1d else self.module.weight
 
+    @property
+    def codes_key(self) -> tuple:
+        """Layers with the same key have the same codes."""
+        s = self.decision.scheme
+        return id(self.module.weight), self.is_conv1d, s.weight_bits, s.group, s.asym, s.nf4
+
     def row(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "shape": shape_of(self.module),
-            "action": "quantized" if self.decision.scheme else "float",
-            "reason": self.decision.reason,
-        }
+        row = _row(self.name, self.module, bool(self.decision.scheme), self.decision.reason)
+        return row | ({"tied_to": self.tied_to} if self.tied_to and self.decision.scheme else {})
 
 
-def _choose(
-    model: nn.Module, decide: Callable[[list[str], nn.Module], _Decision]
-) -> tuple[list[_Layer], list[dict]]:
+def _row(name: str, module: nn.Module, quantized: bool, reason: str) -> dict[str, Any]:
+    """A row of the report."""
+    action = "quantized" if quantized else "float"
+    return {"name": name, "shape": shape_of(module), "action": action, "reason": reason}
+
+
+def _names(model: nn.Module) -> tuple[list[str], list[str]]:
+    """All names of the linear layers, and of the embeddings, quantized or not."""
+    linear, embeddings = [], []
+    for names, module, _ in sites(model):
+        if isinstance(module, QLinear) or is_linear(module):
+            linear += names
+        elif isinstance(module, QEmbedding | nn.Embedding):
+            embeddings += names
+    return linear, embeddings
+
+
+def _choose(model: nn.Module, decide: Decide) -> tuple[list[_Layer], list[dict]]:
     """The layers to quantize, and the report."""
     layers, report = _find(model, decide)
     _settle_ties(model, layers)
     return [x for x in layers if x.decision.scheme is not None], [*report, *(x.row() for x in layers)]
 
 
-def _convert(model: nn.Module, chosen: list[_Layer], report: list[dict], progress: bool) -> nn.Module:
+def _convert(
+    model: nn.Module, chosen: list[_Layer], report: list[dict], progress: bool, method: str | None = None
+) -> nn.Module:
+    methods = _methods({layer.decision.scheme for layer in chosen}, method)
     # Float weights go as their codes come, so that the model shrinks while it is converted; what can fail has
     # to fail before the first of them goes. The rehearsal makes the codes of every layer and drops them.
-    for layer in _progress_bar(chosen, progress):
-        _make(layer)
+    for layer in _tracked(chosen, "check", progress):
+        _make(layer, "absmax")
     codes: dict[tuple, QuantizedTensor] = {}
     with _uninterrupted():
-        for layer in chosen:  # no bar: writing to a closed terminal raises
-            old, key = layer.module, (id(layer.module.weight), layer.decision.scheme, layer.is_conv1d)
-            new = _make(layer, codes.get(key))
+        for layer in _tracked(chosen, "quantize", progress):
+            old, key = layer.module, layer.codes_key
+            new = _make(layer, methods[layer.decision.scheme], codes.get(key))
             codes[key] = new.quantized
             replace(layer.sites, new)
             if old is model:
@@ -250,35 +225,40 @@ def _convert(model: nn.Module, chosen: list[_Layer], report: list[dict], progres
     return model
 
 
-def _find(
-    model: nn.Module, decide: Callable[[list[str], nn.Module], _Decision]
-) -> tuple[list[_Layer], list[dict]]:
-    """The float linear layers with what is decided for each, and report rows of those that cannot change."""
+def _methods(schemes: set[Scheme], method: str | None) -> dict[Scheme, str | None]:
+    """The method for each scheme: "hqq" not for those without offsets, if there are any with."""
+    if method is not None and method not in METHODS:
+        raise SchemeError(f"no method is called {method!r}; the methods are: {', '.join(METHODS)}")
+    if method != "hqq":
+        return dict.fromkeys(schemes, method)
+    fit = {scheme for scheme in schemes if scheme.asym and scheme.group}
+    if not fit:
+        names = ", ".join(sorted(map(str, schemes)))
+        raise SchemeError(
+            f'method "hqq" finds a float offset for each group, which {names} has no place for; give a '
+            'scheme such as w4a16_g64+asym, or method="mse"'
+        )
+    return {scheme: method if scheme in fit else None for scheme in schemes}
+
+
+def _find(model: nn.Module, decide: Decide) -> tuple[list[_Layer], list[dict]]:
+    """The float layers with what is decided for each, and report rows of those that cannot change."""
     layers, report = [], []
     for names, module, places in sites(model):
         name = names[0]
-        if is_linear(module):
-            reason = obstacle(module)
-            decision = _Decision(None, reason) if reason else decide(names, module)
+        if is_linear(module) or is_embedding(module):
+            decision = decide(names, module)
+            if decision is None:
+                continue
+            if reason := obstacle(module):
+                decision = Decision(None, reason)
             layers.append(_Layer(name, module, places, decision))
-        elif isinstance(module, QLinear):
-            report.append(
-                {
-                    "name": name,
-                    "shape": shape_of(module),
-                    "action": "quantized",
-                    "reason": "was quantized before",
-                }
-            )
-        elif isinstance(module, nn.Linear):
-            report.append(
-                {
-                    "name": name,
-                    "shape": shape_of(module),
-                    "action": "float",
-                    "reason": f"{type(module).__name__} is a subclass of nn.Linear",
-                }
-            )
+        elif isinstance(module, QLinear | QEmbedding):
+            report.append(_row(name, module, True, "was quantized before"))
+        elif isinstance(module, nn.Linear | nn.Embedding) and decide(names, module) is not None:
+            base = nn.Linear if isinstance(module, nn.Linear) else nn.Embedding
+            reason = f"{type(module).__name__} is a subclass of nn.{base.__name__}"
+            report.append(_row(name, module, False, reason))
     return layers, report
 
 
@@ -291,25 +271,39 @@ def _settle_ties(model: nn.Module, layers: list[_Layer]) -> None:
         if layer is None or layer.decision.scheme is None:
             for parameter in module._parameters.values():
                 float_holders.setdefault(id(parameter), []).append(name or type(module).__name__)
+    first: dict[int, _Layer] = {}
     for layer in layers:
-        if layer.decision.scheme is None or not (holders := float_holders.get(id(layer.module.weight))):
+        if layer.decision.scheme is None:
             continue
-        if layer.decision.asked:
-            note = f"no longer shares its weight with {', '.join(holders)}"
+        holders = float_holders.get(id(layer.module.weight))
+        if holders and not layer.decision.asked:
+            layer.decision = Decision(None, f"shares its weight with {', '.join(holders)}, which stays float")
+            continue
+        other = first.setdefault(id(layer.module.weight), layer)
+        if holders:
+            note, layer.tied_to = f"no longer shares its weight with {', '.join(holders)}", holders[0]
             layer.decision = dataclasses.replace(layer.decision, reason=note)
-        else:
-            layer.decision = _Decision(
-                None, f"shares its weight with {', '.join(holders)}, which stays float"
-            )
+        elif other is not layer:
+            layer.tied_to = other.name
+            if layer.codes_key != other.codes_key:
+                note = f"no longer shares its weight with {other.name}: the formats of their codes differ"
+                layer.decision = dataclasses.replace(layer.decision, reason=note)
 
 
-def _make(layer: _Layer, q: QuantizedTensor | None = None) -> QLinear:
-    """The layer that takes the place of a float one; `q`: its codes, where another layer has them already."""
-    old, name = layer.module, join(layer.name, "weight")
-    q = q or quantize(layer.weight, layer.decision.scheme, name=name)
-    if old.bias is not None:
-        check_vector(kind_of(q.codes, name), old.bias, q.shape[0], join(layer.name, "bias"), name)
-    new = QLinear(q, old.bias, float_dtype=old.weight.dtype, name=layer.name or "the model")
+def _make(layer: _Layer, method: str | None, q: QuantizedTensor | None = None) -> QLinear | QEmbedding:
+    """What takes the place of a float layer; `q`: its codes, where another layer has them already."""
+    old, name, scheme = layer.module, join(layer.name, "weight"), layer.decision.scheme
+    if q is None:
+        q = quantize(layer.weight, scheme, method=method, name=name)
+    elif q.scheme != scheme:  # the codes are equal, what they are multiplied with is not
+        q = dataclasses.replace(q, scheme=scheme)
+    options = {"float_dtype": old.weight.dtype, "name": layer.name or "the model"}
+    if is_embedding(old):
+        new = QEmbedding(q, padding_idx=old.padding_idx, **options)
+    else:
+        if old.bias is not None:
+            check_vector(kind_of(q.codes, name), old.bias, q.shape[0], join(layer.name, "bias"), name)
+        new = QLinear(q, old.bias, **options)
     for attribute, value in extra_attributes(old).items():
         if not hasattr(new, attribute):
             setattr(new, attribute, value)
@@ -334,10 +328,22 @@ def _uninterrupted() -> Iterator[None]:
         signal.raise_signal(signal.SIGINT)
 
 
-def _progress_bar(layers: list[_Layer], wanted: bool) -> Iterable[_Layer]:
-    """The layers, with a bar on a terminal once the work has lasted for a second."""
-    try:
+def _tracked(layers: list[_Layer], what: str, wanted: bool) -> Iterator[_Layer]:
+    """The layers, with a bar on a terminal once the work has lasted for a second.
+
+    Nothing that happens to the bar is an error: it must not end the replacement in its middle.
+    """
+    bar = None
+    with contextlib.suppress(Exception):
         from tqdm import tqdm
-    except ImportError:
-        return layers
-    return tqdm(layers, "quantize", unit="layer", delay=1, leave=False, disable=None if wanted else True)
+
+        off = None if wanted else True  # None: where there is no terminal
+        bar = tqdm(total=len(layers), desc=what, unit="layer", delay=1, leave=False, disable=off)
+    try:
+        for layer in layers:
+            yield layer
+            with contextlib.suppress(Exception):
+                bar.update()
+    finally:
+        with contextlib.suppress(Exception):
+            bar.close()

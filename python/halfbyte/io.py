@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from . import manifest
-from .errors import DeviceError, FormatError, ModelError
+from .embedding import QEmbedding
+from .errors import DeviceError, FormatError, HalfbyteError, ModelError
 from .extras import require
 from .manifest import LayerEntry, Manifest
-from .modules import check_module, is_linear, join, obstacle, replace, shape_of, sites
-from .qlinear import QLinear
+from .modules import check_module, is_embedding, is_linear, join, obstacle, replace, shape_of, sites
+from .qlinear import INPUT_BUFFERS, WEIGHT_BUFFERS, QLinear
 from .quantize import QuantizedTensor, check_static
+from .quantized_tensor import PARTS
 
 safetensors = require("safetensors", extra="torch", purpose="saving and loading")
 save_file = require("safetensors.torch", extra="torch", purpose="saving and loading").save_file
@@ -28,11 +30,13 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     saved there before is replaced whole or, after an error or a crash, not at all; other files of the
     directory are left alone. Of several processes that save to one directory, the last one wins.
 
-    Raises ModelError for a model without quantized layers, with a static scale that is none or with state
-    that is no tensor, DeviceError for one with tensors on the meta device, OSError.
+    Raises ModelError for a model without quantized layers, with scales that are none or with state that is no
+    tensor, DeviceError for one with tensors on the meta device, OSError.
     """
     check_module(model, "save")
-    layers = {name: _entry(name, m) for name, m in model.named_modules() if isinstance(m, QLinear)}
+    layers = {
+        name: _entry(name, m) for name, m in model.named_modules() if isinstance(m, (QLinear, QEmbedding))
+    }
     if not layers:
         raise ModelError(
             f"this {type(model).__name__} has no quantized layer; call halfbyte.quantize_ first, or save it "
@@ -51,10 +55,10 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 def load(model: nn.Module, directory: str | os.PathLike[str], *, strict: bool = True) -> nn.Module:
     """Make `model` the one that was saved, in place, and return it.
 
-    `model` is built as the saved one was before quantization, with any values: its linear layers are replaced
-    as the file says, and all other parameters and buffers are copied into it, in their own dtype. A model
-    that is itself a linear layer is returned anew. `strict=False` warns of names that only the file or only
-    the model has, instead of raising.
+    `model` is built as the saved one was before quantization, with any values: its linear layers and
+    embeddings are replaced as the file says, and all other parameters and buffers are copied into it, in
+    their own dtype. A model that is itself such a layer is returned anew. `strict=False` warns of names that
+    only the file or only the model has, instead of raising.
 
     Raises, before anything in the model is touched: FormatError where the files are truncated, corrupt,
     foreign or from a newer version, or belong to another model; ModelError for a layer with hooks or other
@@ -99,20 +103,23 @@ def load(model: nn.Module, directory: str | os.PathLike[str], *, strict: bool = 
     ] + [
         {"name": name, "shape": shape_of(found[name][0]), "action": "float", "reason": reason}
         for name, reason in saved.floats.items()
-        if name in found and (is_linear(found[name][0]) or isinstance(found[name][0], nn.Linear))
+        if name in found
+        and (is_linear(found[name][0]) or isinstance(found[name][0], (nn.Linear, nn.Embedding)))
     ]
     return root
 
 
-def _entry(name: str, m: QLinear) -> LayerEntry:
-    if m.static is not None:
-        try:
+def _entry(name: str, m: QLinear | QEmbedding) -> LayerEntry:
+    n, k = shape_of(m)
+    try:
+        _ = m.quantized  # checks the numbers
+        if isinstance(m, QEmbedding):
+            return LayerEntry("embedding", m.scheme, k, n, False, False, "none")
+        if m.static is not None:
             check_static(m.static)
-        except ValueError as error:
-            raise ModelError(f"{name or 'the model'}: {error}") from None
-    return LayerEntry(
-        m.scheme, m.in_features, m.out_features, m.bias is not None, m.static is not None, m.activation
-    )
+        return LayerEntry("linear", m.scheme, k, n, m.bias is not None, m.static is not None, m.activation)
+    except (HalfbyteError, ValueError) as error:
+        raise ModelError(f"{name or 'the model'}: {error}") from None
 
 
 def _distinct(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -153,7 +160,7 @@ def _tensors(saved: Manifest) -> dict[str, Tensor]:
     except safetensors.SafetensorError as error:
         raise FormatError(f"{saved.weights} is no safetensors file ({error}); save the model again") from None
     for name in saved.layers:
-        for buffer in ("weight_codes", "weight_scale", "bias", "input_scale", "input_zero"):
+        for buffer in (*WEIGHT_BUFFERS, "bias", *INPUT_BUFFERS):
             if (full := join(name, buffer)) in tensors:
                 with torch.inference_mode(False):
                     tensors[full] = tensors[full].clone()
@@ -168,11 +175,13 @@ def _tensors(saved: Manifest) -> dict[str, Tensor]:
 
 def _layer(
     saved: Manifest, name: str, entry: LayerEntry, module: nn.Module, tensors: dict[str, Tensor]
-) -> QLinear:
+) -> QLinear | QEmbedding:
     """The quantized layer that is to take the place of `module`."""
-    if not (isinstance(module, QLinear) or is_linear(module)):
+    quantized, is_float = (QEmbedding, is_embedding) if entry.kind == "embedding" else (QLinear, is_linear)
+    if not (isinstance(module, quantized) or is_float(module)):
+        what = "an embedding" if entry.kind == "embedding" else "a linear layer"
         raise FormatError(
-            f"{saved.directory} has a linear layer {name!r}, which in the model is a "
+            f"{saved.directory} has {what} {name!r}, which in the model is a "
             f"{type(module).__name__}; build the model as it was built for saving"
         )
     n, k = shape_of(module)
@@ -181,8 +190,12 @@ def _layer(
             f"{saved.directory} has {name!r} with {entry.in_} -> {entry.out} features, the model with "
             f"{k} -> {n}; build the model as it was built for saving"
         )
-    if is_linear(module) and (reason := obstacle(module)):
+    if is_float(module) and (reason := obstacle(module)):
         raise ModelError(f"load: {name or 'the model'} cannot be replaced: {reason}")
+    q = _quantized(saved, name, entry, tensors)
+    called = {"float_dtype": module.weight.dtype, "name": name or "the model"}
+    if entry.kind == "embedding":
+        return QEmbedding(q, padding_idx=module.padding_idx, **called).train(module.training)
 
     def take(buffer: str, dtype: torch.dtype, *shape: int) -> Tensor:
         tensor = tensors.get(full := join(name, buffer))
@@ -193,15 +206,8 @@ def _layer(
             )
         return tensor
 
-    q = QuantizedTensor(
-        take("weight_codes", torch.int8, entry.out, entry.in_),
-        take("weight_scale", torch.float32, entry.out),
-        entry.scheme,
-    )
     bias = take("bias", torch.float32, entry.out) if entry.bias else None
-    layer = QLinear(
-        q, bias, activation=entry.activation, float_dtype=module.weight.dtype, name=name or "the model"
-    )
+    layer = QLinear(q, bias, activation=entry.activation, **called)
     if entry.static:
         static = take("input_scale", torch.float32).item(), take("input_zero", torch.int32).item()
         try:
@@ -209,6 +215,25 @@ def _layer(
         except ValueError as error:
             raise FormatError(f"{saved.weights}: {name}: {error}; save the model again") from None
     return layer.train(module.training)
+
+
+def _quantized(saved: Manifest, name: str, entry: LayerEntry, tensors: dict[str, Tensor]) -> QuantizedTensor:
+    """The weight of a layer; the tensors that are there say which of zero and minimum it has."""
+    parts = {}
+    for part, buffer in zip(PARTS, WEIGHT_BUFFERS, strict=True):
+        parts[part] = tensors.get(full := join(name, buffer))
+        if parts[part] is None and part in ("codes", "scale"):
+            raise FormatError(f"{saved.weights}: {full} is missing; save the model again")
+    try:
+        q = QuantizedTensor(scheme=entry.scheme, k=entry.in_, **parts)
+    except (HalfbyteError, ValueError) as error:
+        raise FormatError(f"{saved.weights}: {name}: {error}; save the model again") from None
+    if q.shape != (entry.out, entry.in_):
+        raise FormatError(
+            f"{saved.weights}: {name} has codes of {q.shape[1]} -> {q.shape[0]} features instead of "
+            f"{entry.in_} -> {entry.out}; save the model again"
+        )
+    return q
 
 
 def _compare(saved: Manifest, state: Mapping[str, Tensor], tensors: dict[str, Tensor]) -> list[str]:

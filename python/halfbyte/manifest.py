@@ -1,15 +1,16 @@
 """The saved form of a model: halfbyte.json, which names a safetensors file and says what its tensors mean.
 
-    {"format": "halfbyte", "version": 1, "halfbyte_version": "0.1.0",
+    {"format": "halfbyte", "version": 2, "halfbyte_version": "0.1.0",
      "weights": {"file": "model-<16 hex digits>.safetensors", "bytes": 123, "sha256": "..."},
-     "layers": {"encoder.0": {"scheme": "w8a8", "in": 384, "out": 1536, "bias": true, "static": false,
-                              "activation": "none"}},
+     "layers": {"encoder.0": {"kind": "linear", "scheme": "w8a8", "in": 384, "out": 1536, "bias": true,
+                              "static": false, "activation": "none"}},
      "aliases": {"decoder.weight_codes": "encoder.0.weight_codes"},
      "floats": {"head": "excluded"}}
 
-`layers` are the quantized ones; `aliases` are names of tensors that are stored under another name; `floats`
-says why other linear layers stayed float. The weights' file is named by its content, so that replacing
-halfbyte.json alone replaces the model: whole, or not at all.
+`layers` are the quantized ones, of the kind "linear" or "embedding" (whose `in` is the length of a row, and
+`out` the number of rows); version 1 has linear layers only, and no "kind". `aliases` are names of tensors
+that are stored under another name; `floats` says why other layers stayed float. The weights' file is named by
+its content, so that replacing halfbyte.json alone replaces the model: whole, or not at all.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from .scheme import Scheme
 
 FILE = "halfbyte.json"
 FORMAT = "halfbyte"
-VERSION = 1
+VERSION = 2
+KINDS = ("linear", "embedding")
 _WEIGHTS = re.compile(r"model-[0-9a-f]{16}\.safetensors")
 _TEMPORARY = re.compile(r"\.halfbyte-[0-9a-f]{16}\.tmp")
 _STALE_SECONDS = 3600  # no save is at work on a file that has not changed for so long
@@ -43,6 +45,7 @@ _STALE_SECONDS = 3600  # no save is at work on a file that has not changed for s
 class LayerEntry:
     """One quantized layer: `in_` features, `out` channels, and what its buffers are."""
 
+    kind: str  # of KINDS
     scheme: Scheme
     in_: int
     out: int
@@ -115,6 +118,7 @@ def _parse(directory: Path, data: dict) -> Manifest:
     layers = {}
     for name, entry in field(data, "layers", dict).items():
         layer = LayerEntry(
+            "linear" if data["version"] == 1 else field(entry, "kind", str),
             Scheme.parse(field(entry, "scheme", str)),
             field(entry, "in", int),
             field(entry, "out", int),
@@ -124,6 +128,10 @@ def _parse(directory: Path, data: dict) -> Manifest:
         )
         if layer.activation not in ACTIVATIONS:
             raise ValueError(f"the activation {layer.activation!r} of {name!r} is unknown")
+        if layer.kind not in KINDS:
+            raise ValueError(f"the kind {layer.kind!r} of {name!r} is unknown")
+        if layer.kind == "embedding" and (layer.bias or layer.static or layer.activation != "none"):
+            raise ValueError(f"the embedding {name!r} has a bias, an activation or a static scale")
         layers[name] = layer
     names = {key: field(data, key, dict) for key in ("aliases", "floats")}
     for table in names.values():

@@ -1,4 +1,4 @@
-"""The modules of a model: which are linear layers, under which names, and what a replacement would lose."""
+"""The modules of a model: its linear layers and embeddings, their names, what a replacement would lose."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from .arrays import wraps
 from .errors import DTypeError
 
 # Of an nn.Linear and of a Conv1D; and what does not tie a value to the layer that it was assigned to.
-_OWN_ATTRIBUTES = {*vars(nn.Linear(1, 1, device="meta")), "nf", "nx"}
+_LINEAR_ATTRIBUTES = {*vars(nn.Linear(1, 1, device="meta")), "nf", "nx"}
+_EMBEDDING_ATTRIBUTES = {*vars(nn.Embedding(1, 1, device="meta"))}
 _PLAIN_VALUE = (bool, int, float, str, type(None))
 
 
@@ -33,10 +34,17 @@ def is_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear or (transformers is not None and type(module) is transformers.Conv1D)
 
 
+def is_embedding(module: nn.Module) -> bool:
+    """Whether quantize_ can replace `module`: an nn.Embedding, not a subclass."""
+    return type(module) is nn.Embedding
+
+
 def shape_of(module: nn.Module) -> tuple[int, int]:
-    """(n, k) of a linear layer, quantized or not; a Conv1D keeps its weight transposed."""
+    """(n, k) of a linear layer or an embedding, quantized or not; a Conv1D keeps its weight transposed."""
     if hasattr(module, "in_features"):
         return module.out_features, module.in_features
+    if hasattr(module, "num_embeddings"):
+        return module.num_embeddings, module.embedding_dim
     return tuple(module.weight.t().shape)
 
 
@@ -67,7 +75,7 @@ def replace(places: list[tuple[nn.Module, str]], module: nn.Module) -> None:
 
 
 def obstacle(module: nn.Module) -> str:
-    """Why a linear layer cannot be swapped without losing something; empty where it can."""
+    """Why a linear layer or an embedding cannot be swapped without losing something; empty where it can."""
     if "weight" not in module._parameters:
         return "its weight is computed by a hook (weight_norm?), not a parameter"
     if wraps(module.weight):
@@ -78,9 +86,20 @@ def obstacle(module: nn.Module) -> str:
         return "its forward was replaced on the instance"
     held = [*module._buffers, *module._modules, *(module._parameters.keys() - {"weight", "bias"})]
     held += [name for name, value in extra_attributes(module).items() if not isinstance(value, _PLAIN_VALUE)]
-    return f"it holds {', '.join(held)}, which a replacement would lose" if held else ""
+    if held:
+        return f"it holds {', '.join(held)}, which a replacement would lose"
+    return embedding_obstacle(module) if is_embedding(module) else ""
+
+
+def embedding_obstacle(module: nn.Embedding) -> str:
+    """The option of an nn.Embedding that writes to its weight, or trains it; empty where there is none."""
+    if module.max_norm is not None:
+        return f"max_norm={module.max_norm} makes it change its weight at every call"
+    trained = [name for name in ("scale_grad_by_freq", "sparse") if getattr(module, name)]
+    return f"{trained[0]}=True says how it is trained, and codes are not trained" if trained else ""
 
 
 def extra_attributes(module: nn.Module) -> dict[str, Any]:
-    """What was assigned to a linear layer beyond its own; plain values move to a replacement."""
-    return {name: value for name, value in vars(module).items() if name not in _OWN_ATTRIBUTES}
+    """What was assigned to a layer beyond its own; plain values move to a replacement."""
+    own = _EMBEDDING_ATTRIBUTES if is_embedding(module) else _LINEAR_ATTRIBUTES
+    return {name: value for name, value in vars(module).items() if name not in own}

@@ -9,8 +9,10 @@ from .arrays import Array, Kind, check_kind, check_vector, float_code, kind_of
 from .dispatch import isa_errors
 from .errors import DTypeError, ShapeError
 from .pack import PackedWeight
-from .quantize import check_static
+from .quantize import check_static, check_takes_static
+from .scheme import Scheme
 
+_W8A8 = Scheme(8, 8)
 ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 
 
@@ -24,13 +26,15 @@ def linear(
     out_dtype: Any = None,
     static: tuple[float, int] | None = None,
 ) -> Array:
-    """`activation(x @ weight.T + bias) + residual` with int8 products, exact int32 sums and a fused epilogue.
+    """`activation(x @ weight.T + bias) + residual` with integer products, exact int32 sums and a fused
+    epilogue; the scheme of the weight says how x is quantized.
 
     x: [..., k] with any leading dimensions, also none or empty; float32, float16 or (torch) bfloat16. bias:
     [n], floating point. residual: [..., n], floating point. All of the kind of x: numpy or torch. activation:
     none, relu, gelu (erf), gelu_tanh or silu. out_dtype: that of x unless given; int32 returns the
-    accumulator itself, `sum_k (qx - zero) * qw`, and takes no bias, activation or residual. static: (scale,
-    zero) for all of x instead of a scale and zero point per row found from the row.
+    accumulator itself, `sum_k (qx - zero) * qw`, which only w8a8 has, and takes no bias, activation or
+    residual. static: (scale, zero) for all of x instead of a scale and zero point per row found from the row,
+    for schemes with a8 and without +ag.
 
     Returns [..., n], contiguous. A row of x with a NaN or an infinity gives a row of NaN. Not differentiable:
     QLinear is. Raises DTypeError (TypeError), ShapeError, DeviceError or ValueError.
@@ -72,10 +76,18 @@ def run_linear(
             raise ValueError(
                 "an int32 output is the bare accumulator: it takes no bias, activation or residual"
             )
+        if packed.scheme != _W8A8:
+            raise ValueError(
+                f"an int32 output is the one integer sum that an output of {_W8A8} has; {packed.scheme} adds "
+                "floats: ask for a floating-point dtype"
+            )
         out_code = kind.codes[out_dtype]
     else:
         out_code = float_code(kind, out_dtype, "the output")
-    scale, zero = (0.0, 0) if static is None else check_static(static)
+    scale, zero = 0.0, 0
+    if static is not None:
+        check_takes_static(packed.scheme)
+        scale, zero = check_static(static)
     if bias is not None:
         check_vector(kind, bias, n, "bias", "x")
         bias = kind.cast(bias, kind.float32)
@@ -86,7 +98,7 @@ def run_linear(
     if residual is not None:
         residual, *residual_args = _residual(kind, residual, tuple(out.shape))
     with isa_errors:
-        _core.linear_w8a8(
+        _core.linear(
             packed.core,
             len(rows),
             kind.pointer(rows),

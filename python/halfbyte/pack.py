@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from . import _core
-from .arrays import kind_of
+from .arrays import Array, kind_of
 from .dispatch import isa_errors
 from .errors import DTypeError
-from .quantize import QuantizedTensor
+from .quantized_tensor import PARTS, QuantizedTensor
 from .scheme import Scheme
 
 
@@ -47,9 +47,25 @@ def pack(q: QuantizedTensor) -> PackedWeight:
     if not isinstance(q, QuantizedTensor):
         raise DTypeError(f"pack takes the QuantizedTensor that quantize() returns, not {type(q).__name__}")
     kind = kind_of(q.codes, "codes")
+    dense: dict[str, Array] = {}
+    for what in PARTS[1:]:
+        if (part := getattr(q, what)) is not None:
+            kind.check_memory(part, what)
+            dense[what] = kind.cast(part, part.dtype)
+    pointers = {what: kind.pointer(part) for what, part in dense.items()}
     n, k = q.shape
-    codes, ld = kind.rows(q.codes, k)
-    scale = kind.cast(q.scale, kind.float32)
+    codes, ld = kind.rows(q.codes, q.codes.shape[1])
     with isa_errors:
-        core = _core.pack_linear_w8a8(kind.pointer(codes), n, k, ld, kind.pointer(scale))
+        core = _core.pack_linear(
+            q.scheme.op,
+            kind.pointer(codes),
+            n,
+            k,
+            ld,
+            group=q.scheme.group,
+            group_scale_type=kind.codes[q.scale.dtype if q.group_scale is None else q.group_scale.dtype],
+            nf4=q.scheme.nf4,
+            activation_group=q.scheme.activation_group,
+            **pointers,
+        )
     return PackedWeight(core, q.scheme)

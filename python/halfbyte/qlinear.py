@@ -12,17 +12,20 @@ from torch.compiler import is_compiling
 from . import _core, dispatch
 from .arrays import check_vector, kind_of
 from .dispatch import isa_errors
-from .errors import DTypeError, HalfbyteError
+from .errors import DTypeError, HalfbyteError, ShapeError
 from .ops import ACTIVATIONS, run_linear
 from .pack import PackedWeight
-from .quantize import QuantizedTensor, check_static, quantize
+from .quantize import QuantizedTensor, check_static, check_takes_static, quantize
+from .quantized_tensor import PARTS
 from .scheme import Scheme
-from .torch_ops import linear_w8a8, packed_weight, state
+from .torch_ops import linear, packed_weight, state
 from .weight_view import WeightView
 
+WEIGHT_BUFFERS = tuple(f"weight_{part}" for part in PARTS)
+INPUT_BUFFERS = ("input_scale", "input_zero")
+
 # Buffers whose values go into the plan of a call. The bias is read in place.
-_WATCHED = ("weight_codes", "weight_scale", "input_scale", "input_zero")
-_FLOAT32_BUFFERS = ("weight_scale", "bias", "input_scale")
+_WATCHED = (*WEIGHT_BUFFERS, *INPUT_BUFFERS)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of the dtype codes of the core
 
 # True while something records or replaces tensor operations, from which a call into the core would hide.
@@ -44,14 +47,14 @@ class QLinear(nn.Module):
 
     x: [..., in_features], float32, bfloat16 or float16, on the CPU; y has the dtype of x. In eager inference
     the call goes straight to the C++ core; under torch.compile, tracing, or where a gradient of x is wanted,
-    through the torch operator halfbyte::linear_w8a8, which has a gradient with respect to x for activation
-    "none".
+    through the torch operator halfbyte::linear, which has a gradient with respect to x for activation "none".
 
-    Buffers, all in the state_dict: weight_codes int8 [n, k], weight_scale float32 [n], bias float32 [n] or
-    None and, where activations are quantized with fixed numbers (`calibrate`), input_scale float32 [] and
-    input_zero int32 []. The float32 ones stay so under .half() and .bfloat16(). Weights are packed at the
+    Buffers, all in the state_dict where they are not None: weight_codes, weight_scale, weight_group_scale,
+    weight_zero and weight_minimum, which are those of the QuantizedTensor; bias float32 [n]; and, where
+    activations are quantized with fixed numbers (`calibrate`), input_scale float32 [] and input_zero int32
+    []. The floating-point ones keep their dtype under .half() and .bfloat16(). Weights are packed at the
     first call, and again after a buffer was replaced or changed in place; the pack is shared by layers that
-    share their codes, and never saved.
+    share their codes and scheme, and never saved.
 
     activation: none, relu, gelu, gelu_tanh or silu; may be assigned.
     float_dtype: what `weight.dtype` says, that of the float weight before; follows .half() and its kind.
@@ -77,29 +80,36 @@ class QLinear(nn.Module):
         self.activation = activation
         self.float_dtype = float_dtype
         self.name = name
-        self.register_buffer("weight_codes", _counting(q.codes))
-        self.register_buffer("weight_scale", _counting(q.scale))
-        self.register_buffer("bias", None if bias is None else _counting(bias.detach().float().clone()))
-        self.register_buffer("input_scale", None)
-        self.register_buffer("input_zero", None)
+        buffers = {name: getattr(q, part) for name, part in zip(WEIGHT_BUFFERS, PARTS, strict=True)}
+        buffers["bias"] = None if bias is None else bias.detach().float().clone()
+        # Absent ones come last: torch.export counts buffers that are None where it numbers the others.
+        names = [*(name for name in buffers if buffers[name] is not None), *INPUT_BUFFERS, *buffers]
+        for name in dict.fromkeys(names):
+            self.register_buffer(name, counting(buffers.get(name)))
         self._plan: _core.LinearPlan | None = None
         self._prepared: tuple[list, PackedWeight] | None = None  # what the plan was made of, and its pack
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, scheme: str | Scheme = "w8a8", *, name: str = "linear"
+        cls,
+        linear: nn.Linear,
+        scheme: str | Scheme = "w8a8",
+        *,
+        method: str | None = None,
+        name: str = "linear",
     ) -> QLinear:
         """The quantized twin of an nn.Linear, which is left as it is. `name` is what errors call the layer.
 
-        Raises what `quantize` raises.
+        method: that of `quantize`, which also says what is raised.
         """
-        q = quantize(linear.weight, scheme, name=f"{name}.weight")
+        q = quantize(linear.weight, scheme, method=method, name=f"{name}.weight")
         return cls(q, linear.bias, float_dtype=linear.weight.dtype, name=name).train(linear.training)
 
     @property
     def quantized(self) -> QuantizedTensor:
         """The weight as a QuantizedTensor that shares this layer's buffers."""
-        return QuantizedTensor(self.weight_codes, self.weight_scale, self.scheme)
+        codes, scale, *rest = self._weight()
+        return QuantizedTensor(codes, scale, self.scheme, self.in_features, *rest)
 
     @property
     def weight(self) -> WeightView:
@@ -119,7 +129,9 @@ class QLinear(nn.Module):
 
     @property
     def static(self) -> tuple[float, int] | None:
-        """(scale, zero) that every input is quantized with, or None: found per token."""
+        """(scale, zero) that every input is quantized with, or None: found per token. Assigning them where
+        the scheme has none per token is a ValueError.
+        """
         return None if self.input_scale is None else (self.input_scale.item(), self.input_zero.item())
 
     @static.setter
@@ -127,6 +139,7 @@ class QLinear(nn.Module):
         if static is None:
             self.input_scale = self.input_zero = None
             return
+        check_takes_static(self.scheme)
         scale, zero = check_static(static)
         device = self.weight_codes.device
         with torch.inference_mode(False):
@@ -159,8 +172,7 @@ class QLinear(nn.Module):
         try:
             if not isinstance(x, Tensor):
                 raise DTypeError(f"x must be a torch tensor, not {type(x).__name__}")
-            recorded = x.requires_grad and torch.is_grad_enabled()
-            if recorded or x.is_meta or type(x) is not Tensor or any(recorder() for recorder in _RECORDERS):
+            if recorded(x):
                 return self._operator(x)
             packed = self._prepare()
             return run_linear(x, packed, self.bias, self.activation, None, None, self.static)
@@ -169,10 +181,16 @@ class QLinear(nn.Module):
             raise
 
     def _operator(self, x: Tensor) -> Tensor:
-        return linear_w8a8(
+        # Of 4-bit codes the operator cannot tell an odd number of features from the next one.
+        if not torch.jit.is_tracing() and x.shape[-1:] != (self.in_features,):
+            raise ShapeError(
+                f"x has the shape {tuple(x.shape)}; its last dimension must be {self.in_features}, the input "
+                "features of the weight"
+            )
+        return linear(
             x,
-            self.weight_codes,
-            self.weight_scale,
+            str(self.scheme),
+            *self._weight(),
             self.bias,
             self.activation,
             None,
@@ -180,10 +198,14 @@ class QLinear(nn.Module):
             self.input_zero,
         )
 
+    def _weight(self) -> tuple[Tensor | None, ...]:
+        """The parts of the QuantizedTensor, in their order."""
+        return tuple(self._buffers[name] for name in WEIGHT_BUFFERS)
+
     def _prepare(self) -> PackedWeight:
         """Pack, and note what the short way of `forward` (LinearPlan) compares and passes on."""
         for name, buffer in self._buffers.items():
-            self._buffers[name] = buffer if buffer is None else _counting(buffer)
+            self._buffers[name] = counting(buffer)
         if self._prepared is not None and self._prepared[0] == self._states():
             return self._prepared[1]
         static = (0.0, 0) if self.static is None else check_static(self.static)
@@ -201,7 +223,7 @@ class QLinear(nn.Module):
             (name, t, t._version if name in _WATCHED and t is not None else -1)
             for name, t in self._buffers.items()
         ]
-        packed = packed_weight(self.weight_codes, self.weight_scale)
+        packed = packed_weight(self.scheme, self.in_features, *self._weight())
         with isa_errors:
             _core.select(self.scheme.op)  # a plan without a kernel would raise at every call
         self._plan = _core.LinearPlan(
@@ -224,10 +246,10 @@ class QLinear(nn.Module):
         return [None if t is None else (id(t), *state(t)) for t in self._buffers.values()]
 
     def _apply(self, fn: Any, recurse: bool = True) -> QLinear:
-        kept = {name: self._buffers[name] for name in _FLOAT32_BUFFERS if self._buffers[name] is not None}
+        kept = {name: b for name, b in self._buffers.items() if b is not None and b.is_floating_point()}
         super()._apply(fn, recurse)
         for name, buffer in kept.items():
-            if (moved := self._buffers[name]).dtype != torch.float32:
+            if (moved := self._buffers[name]).dtype != buffer.dtype:
                 self._buffers[name] = buffer.to(moved.device)
         self.float_dtype = fn(torch.empty(0, dtype=self.float_dtype)).dtype
         return self
@@ -236,15 +258,27 @@ class QLinear(nn.Module):
         errors: list[str] = args[-1]
         if prefix + "weight" in state_dict:
             errors.append(f"{prefix}weight is float and this layer is quantized: load it before quantize_")
-        given = [name for name in ("input_scale", "input_zero") if prefix + name in state_dict]
+        given = [name for name in INPUT_BUFFERS if prefix + name in state_dict]
         if len(given) == 1:
             errors.append(f"{prefix}{given[0]} comes alone: a static layer has input_scale and input_zero")
-        elif prefix + "weight_codes" in state_dict:  # the file decides whether the layer is static
-            for name in ("input_scale", "input_zero"):
-                saved = state_dict.get(prefix + name)
-                if (saved is None) != (self._buffers[name] is None):
-                    self._buffers[name] = None if saved is None else torch.empty_like(saved)
+        elif prefix + "weight_codes" in state_dict:
+            self._follow({name: state_dict.get(prefix + name) for name in self._buffers})
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _follow(self, saved: dict[str, Tensor | None]) -> None:
+        """Have the buffers that are saved where the scheme leaves a choice: whether the layer is static,
+        which of zero and minimum it has, and the dtype of group scales.
+        """
+        free = list(INPUT_BUFFERS) if self.scheme.per_token else []
+        if self.scheme.asym and (saved["weight_zero"] is None) != (saved["weight_minimum"] is None):
+            free += ["weight_zero", "weight_minimum"]
+        for name in free:
+            if (saved[name] is None) != (self._buffers[name] is None):
+                self._buffers[name] = None if saved[name] is None else torch.empty_like(saved[name])
+        for name in ("weight_group_scale", "weight_minimum"):
+            buffer, value = self._buffers[name], saved[name]
+            if buffer is not None and value is not None and value.dtype in (torch.float16, torch.float32):
+                self._buffers[name] = buffer.to(value.dtype)
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_plan": None, "_prepared": None}
@@ -253,13 +287,20 @@ class QLinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, scheme={self.scheme}, "
-            f"kernel={_core.select(self.scheme.op)}, static={self.static}"
-        )
+            f"kernel={_core.select(self.scheme.op)}"
+        ) + (f", static={self.static}" if self.scheme.per_token else "")
 
 
-def _counting(tensor: Tensor) -> Tensor:
+def recorded(x: Tensor) -> bool:
+    """Whether something has to see a call on x: a gradient, a tracer, a mode, or what kind of tensor x is."""
+    if (x.requires_grad and torch.is_grad_enabled()) or x.is_meta or type(x) is not Tensor:
+        return True
+    return any(recorder() for recorder in _RECORDERS)
+
+
+def counting(tensor: Tensor | None) -> Tensor | None:
     """`tensor`, or a copy of one made in inference mode, which would not count its changes."""
-    if not tensor.is_inference():
+    if tensor is None or not tensor.is_inference():
         return tensor
     with torch.inference_mode(False):
         return tensor.clone()

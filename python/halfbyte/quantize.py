@@ -1,68 +1,24 @@
-"""QuantizedTensor: integer codes, scales and their scheme, the same on every machine, made from floats."""
+"""Floats to codes: `quantize` for the weights of a layer, `quantize_rows` as the ops do with activations."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from . import _core
-from .arrays import Array, check_kind, float_code, kind_of
+from . import _core, search
+from .arrays import Array, float_code, kind_of
 from .dispatch import isa_errors
-from .errors import DTypeError, NonFiniteError, ShapeError
+from .errors import NonFiniteError, ShapeError
+from .quantized_tensor import NF4_CODES as NF4_CODES
+from .quantized_tensor import QuantizedTensor, to_nibbles
 from .scheme import Scheme
 
 # The last multiple of 64, to which k is padded, below (2^31 - 1) / (255 * 128) = 65793.06: more products of
 # two codes could overflow the int32 accumulator.
 K_MAX = 65792
 TINY = 2.0**-100  # a scale below this counts as zero: its inverse would leave float32
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class QuantizedTensor:
-    """A weight matrix [n, k] as codes int8 [n, k] and scale float32 [n], with `weight ~ codes * scale[:,
-    None]`.
-
-    The arrays are both numpy or both torch. This is what is saved, loaded and compared; `pack` makes of it
-    what the kernels read.
-    """
-
-    codes: Array
-    scale: Array
-    scheme: Scheme
-
-    def __post_init__(self) -> None:
-        kind = kind_of(self.codes, "codes")
-        check_kind(kind, self.scale, "scale", "codes")
-        for what, array, dtype in (("codes", self.codes, kind.int8), ("scale", self.scale, kind.float32)):
-            if array.dtype != dtype:
-                raise DTypeError(f"{what} has the dtype {array.dtype}; it must be {dtype}")
-        if self.codes.ndim != 2 or tuple(self.scale.shape) != tuple(self.codes.shape[:1]):
-            raise ShapeError(
-                f"codes {tuple(self.codes.shape)} and scale {tuple(self.scale.shape)} do not fit: "
-                "they must be [n, k] and [n]"
-            )
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(n, k): output channels, input features."""
-        return tuple(self.codes.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes and scales."""
-        return self.codes.nbytes + self.scale.nbytes
-
-    def dequantize(self) -> Array:
-        """The weight that the codes stand for: float32 [n, k]."""
-        kind = kind_of(self.codes, "codes")
-        return kind.cast(self.codes, kind.float32) * self.scale[:, None]
-
-    def __repr__(self) -> str:
-        n, k = self.shape
-        return f"QuantizedTensor({n}x{k}, scheme={self.scheme}, nbytes={self.nbytes})"
 
 
 class RowQuantized(NamedTuple):
@@ -74,23 +30,43 @@ class RowQuantized(NamedTuple):
     sums: Array  # int32 [m], the sum of each row's codes
 
 
-def quantize(weight: Array, scheme: str | Scheme = "w8a8", *, name: str = "weight") -> QuantizedTensor:
-    """Quantize a weight matrix: symmetric int8 per output channel, `scale = max|w| / 127`, round half to
-    even.
+def quantize(
+    weight: Array, scheme: str | Scheme = "w8a8", *, method: str | None = None, name: str = "weight"
+) -> QuantizedTensor:
+    """Quantize a weight matrix to the codes and scales that `scheme` says; rounding is half to even.
 
-    weight: [n, k], float32, float16 or (torch) bfloat16, any strides. The error of each element is at most
-    scale/2 * (1 + 2^-20), and zero stays zero. `name` is what errors call the weight.
+    weight: [n, k], float32, float16 or (torch) bfloat16, any strides. `name` is what errors call the weight.
 
-    Raises SchemeError, DTypeError (TypeError), DeviceError, ShapeError and NonFiniteError (ValueError).
+    method: "absmax" spans the range of each group or channel: with symmetric int8 per channel
+    `scale = max|w| / 127`, the error of each element is at most scale/2 * (1 + 2^-20), and zero stays zero.
+    "mse" searches the scales of the least squared error. "hqq" searches float offsets of the least l_p error,
+    for schemes with groups and +asym. None: "absmax" for 8 bits and nf4, "mse" for 4 bits.
+
+    Raises SchemeError (also for a method that is unknown or does not fit the scheme), DTypeError (TypeError),
+    DeviceError, ShapeError and NonFiniteError (ValueError).
     """
     scheme = Scheme.parse(scheme)
-    if min(_matrix_shape(weight, name)) == 0:
+    if method is None:
+        method = search.DEFAULT_INT4 if scheme.weight_bits == 4 and not scheme.nf4 else "absmax"
+    if min(_matrix_shape(weight, name, limited=not scheme.group)) == 0:
         raise ShapeError(f"{name} has the shape {tuple(weight.shape)}: there is nothing in it to quantize")
-    rows = _quantize_rows(weight, name, symmetric=True)
-    finite = np.isfinite(np.asarray(rows.scale))
+    if method == "absmax" and (scheme.weight_bits, scheme.group, scheme.asym) == (8, 0, False):
+        rows = _quantize_rows(weight, name, symmetric=True)
+        finite = np.isfinite(np.asarray(rows.scale))
+        if not finite.all():
+            raise non_finite(name, int(finite.argmin()))
+        return QuantizedTensor(rows.codes, rows.scale, scheme)
+    kind = kind_of(weight, name)
+    float_code(kind, weight.dtype, name)
+    floats = kind.to_numpy(weight)
+    finite = np.isfinite(floats.min(1)) & np.isfinite(floats.max(1))
     if not finite.all():
         raise non_finite(name, int(finite.argmin()))
-    return QuantizedTensor(rows.codes, rows.scale, scheme)
+    found = search.encode(floats, scheme, method)
+    codes = found.pop("codes_unpacked")
+    found["codes"] = to_nibbles(codes) if scheme.weight_bits == 4 else codes
+    parts = {what: None if part is None else kind.from_numpy(part) for what, part in found.items()}
+    return QuantizedTensor(**parts, scheme=scheme, k=weight.shape[1])
 
 
 def dequantize(q: QuantizedTensor) -> Array:
@@ -117,6 +93,15 @@ def quantize_rows(
     return _quantize_rows(x, "x", symmetric=symmetric, static=None if scale is None else (scale, zero))
 
 
+def check_takes_static(scheme: Scheme) -> None:
+    """ValueError for a scheme whose activations have no scale and zero point per token to be fixed."""
+    if not scheme.per_token:
+        raise ValueError(
+            f"a static scale and zero point replace those of a token; with {scheme} activations have scales "
+            "per group of features, so give none"
+        )
+
+
 def check_static(static: tuple[float, int]) -> tuple[float, int]:
     """(scale, zero) of a static quantization as Python numbers, or ValueError."""
     try:
@@ -138,11 +123,11 @@ def non_finite(name: str, row: int) -> NonFiniteError:
     )
 
 
-def _matrix_shape(x: Array, what: str) -> tuple[int, int]:
+def _matrix_shape(x: Array, what: str, *, limited: bool = True) -> tuple[int, int]:
     kind_of(x, what)
     if x.ndim != 2:
         raise ShapeError(f"{what} has the shape {tuple(x.shape)}; it must be a matrix [rows, k]")
-    if x.shape[1] > K_MAX:
+    if limited and x.shape[1] > K_MAX:
         raise ShapeError(
             f"{what} has rows of {x.shape[1]} elements; the int32 accumulator is exact up to {K_MAX}"
         )
@@ -180,6 +165,8 @@ def _quantize_rows(
             symmetric,
             static_scale,
             static_zero,
+            0,  # one scale per row
+            False,  # of int8 codes
             kind.threads(),
         )
     return out

@@ -1,4 +1,4 @@
-"""`summary`: what runs in each linear layer, how fast and how exactly, and why the others stayed in float."""
+"""`summary`: what runs in each layer, how fast and how exactly, and why the others stayed in float."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import contextlib
 import json
 import statistics
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch.nn import functional
 
 from . import _core
+from .embedding import OP as EMBEDDING_OP
+from .embedding import QEmbedding
 from .modules import check_module, is_linear, shape_of
 from .qlinear import QLinear
 from .tables import markdown_table, mebibytes, percent, significant, text_table
@@ -30,26 +32,31 @@ _FLOAT_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 _UNKNOWN_REASON = "quantize_ has not been called on it"
 _NOTE = (
     "float ms and error compare with torch on the dequantized weights, in the dtype of the layer's input: "
-    "the error is that of the int8 activations, relative to the norm of the output. "
+    "the error is that of the quantized activations, relative to the norm of the output. "
     "Each layer is measured once, on its first input."
 )
+_Key = tuple[int, int]  # of a tensor: the memory that it occupies
 
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One linear layer. Times are medians in milliseconds; None without inputs or where it did not run."""
+    """One linear layer or embedding. Times are medians in milliseconds; None without inputs or where it did
+    not run.
+    """
 
     name: str
-    in_features: int
+    in_features: int  # of an embedding: its number of rows
     out_features: int
     scheme: str  # "float" for a layer that was not quantized
     kernel: str  # "torch" for a layer that was not quantized
-    float_bytes: int  # weight and bias as float32, or as they are for a layer that was not quantized
-    bytes: int  # in memory: codes, scales and bias, and the packed copy of the codes
+    float_bytes: int  # weight and bias as they were; what an earlier layer shares counts there only
+    bytes: int  # in memory: codes, scales and bias, and the packed copy of the codes; the same
     float_ms: float | None
     ms: float | None
     error: float | None  # ||quantized - float|| / ||float|| of the output
     why_float: str
+    tied_to: str  # the earlier layer that has the same weight
+    embedding: bool
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,7 @@ class Summary:
     """The layers of a model in order, as a table (`str`), JSON or Markdown."""
 
     layers: tuple[LayerSummary, ...]
-    other_bytes: int  # embeddings, norms and whatever else is not a linear layer
+    other_bytes: int  # norms and whatever else is not among the layers
     threads: int
 
     def __str__(self) -> str:
@@ -76,9 +83,10 @@ class Summary:
         headers = ["layer", "in -> out", "scheme", "kernel", "float size", "size"]
         headers += ["float ms", "ms", "faster", "error"] if measured else []
         rows = [self._cells(layer, measured) for layer in self.layers]
-        if any(layer.why_float for layer in self.layers):
-            headers.append("why float")
-            rows = [[*row, layer.why_float] for row, layer in zip(rows, self.layers, strict=True)]
+        for header, field in (("tied to", "tied_to"), ("why float", "why_float")):
+            if any(column := [getattr(layer, field) for layer in self.layers]):
+                headers.append(header)
+                rows = [[*row, cell] for row, cell in zip(rows, column, strict=True)]
         return "\n\n".join([table(headers, rows), self._totals(measured), *([_NOTE] if measured else [])])
 
     @staticmethod
@@ -97,10 +105,16 @@ class Summary:
         quantized = [layer for layer in self.layers if layer.scheme != "float"]
         before = sum(layer.float_bytes for layer in self.layers) + self.other_bytes
         after = sum(layer.bytes for layer in self.layers) + self.other_bytes
-        text = (
-            f"{len(quantized)} of {len(self.layers)} linear layers quantized; model {mebibytes(before)} -> "
-            f"{mebibytes(after)} ({percent(after / before) if before else '-'}), of which "
-            f"{mebibytes(self.other_bytes)} is not in linear layers"
+        embeddings = [layer for layer in self.layers if layer.embedding]
+        done, kinds = sum(layer.embedding for layer in quantized), "linear layers"
+        text = f"{len(quantized) - done} of {len(self.layers) - len(embeddings)} linear layers"
+        if embeddings:
+            text += f" and {done} of {len(embeddings)} embeddings"
+            kinds += " and embeddings"
+        text += (
+            f" quantized; model {mebibytes(before)} -> {mebibytes(after)} "
+            f"({percent(after / before) if before else '-'}), of which "
+            f"{mebibytes(self.other_bytes)} is not in {kinds}"
         )
         pairs = [(layer.float_ms, layer.ms) for layer in quantized if layer.ms and layer.float_ms]
         if measured and pairs:
@@ -110,31 +124,37 @@ class Summary:
 
 
 def summary(model: torch.nn.Module, example_inputs: object = None) -> Summary:
-    """Per linear layer: shape, scheme, kernel, bytes, why it stayed float; with inputs also times and error.
+    """Per layer: shape, scheme, kernel, bytes, why it stayed float; with inputs also times and error.
 
-    example_inputs: what `model` is called with once: a tensor, a tuple or list of positional arguments, or a
-    mapping of keyword arguments. The call runs in evaluation mode without gradients; the model is left as it
-    was. The error is measured against the dequantized weights, since the original ones are gone. Times are
-    those of calling the layer, without hooks. Layers that have not run yet are packed.
+    Layers: the linear ones, and the embeddings that quantize_ looked at. example_inputs: what `model` is
+    called with once: a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments.
+    The call runs in evaluation mode without gradients; the model is left as it was. The error is measured
+    against the dequantized weights, since the original ones are gone. Times are those of calling the layer,
+    without hooks. Layers that have not run yet are packed.
     """
     check_module(model, "summary")
-    reasons = {entry["name"]: entry["reason"] for entry in getattr(model, "_halfbyte_report", ())}
+    report = {row["name"]: row for row in getattr(model, "_halfbyte_report", ())}
     targets = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, (QLinear, torch.nn.Linear)) or is_linear(module)
+        if isinstance(module, (QLinear, QEmbedding, torch.nn.Linear))
+        or is_linear(module)
+        or (isinstance(module, torch.nn.Embedding) and name in report)
     }
     measured: dict[str, tuple[float, float | None, float | None]] = {}
     if example_inputs is not None:
         with _evaluation(model), _hooks(targets, measured), torch.no_grad():
             _call(model, example_inputs)
-    layers, counted = [], set()
+    layers: list[LayerSummary] = []
+    counted: dict[_Key, str] = {}  # the tensors of the layers so far, and whose they are
+    packs: dict[int, int] = {}
     for name, module in targets.items():
         own = {key: tensor for key, tensor in _tensors(module).items() if key not in counted}
-        packs = {key: size for key, size in packed_bytes(module).items() if key not in counted}
-        counted |= own.keys() | packs.keys()
-        packed = sum(packs.values())
-        layers.append(_layer(name, module, own.values(), packed, measured.get(name), reasons.get(name, "")))
+        new_packs = {key: size for key, size in packed_bytes(module).items() if key not in packs}
+        row = _layer(name, module, report.get(name, {}), own, counted, measured.get(name))
+        layers.append(replace(row, bytes=row.bytes + sum(new_packs.values())))
+        counted |= dict.fromkeys(own, name)
+        packs |= new_packs
     other = sum(t.nbytes for key, t in _tensors(model).items() if key not in counted)
     return Summary(tuple(layers), other, torch.get_num_threads())
 
@@ -148,26 +168,40 @@ def packed_bytes(model: torch.nn.Module) -> dict[int, int]:
 def _layer(
     name: str,
     module: torch.nn.Module,
-    own: Collection[torch.Tensor],
-    packed: int,
+    row: dict,
+    own: dict[_Key, torch.Tensor],
+    counted: dict[_Key, str],
     times: tuple | None,
-    reason: str,
 ) -> LayerSummary:
-    """`own`, `packed`: the tensors of the layer, and bytes of its pack, that no earlier one has."""
+    """The layer without its pack. row: of the report; own: its tensors that none of `counted` is."""
     float_ms, ms, error = times or (None, None, None)
-    size = sum(tensor.nbytes for tensor in own) + packed
+    size = sum(tensor.nbytes for tensor in own.values())
     n, k = shape_of(module)
-    if isinstance(module, QLinear):
-        float_bytes = sum(4 * t.numel() for t in own if t is module.weight_codes or t is module.bias)
-        scheme, kernel, why = str(module.scheme), _core.select(module.scheme.op), ""
+    embedding = isinstance(module, (QEmbedding, torch.nn.Embedding))
+    if isinstance(module, (QLinear, QEmbedding)):
+        weight = module.weight_codes
+        elements = 0 if row.get("tied_to") or _key(weight) not in own else n * k
+        if isinstance(module, QLinear) and module.bias is not None and _key(module.bias) in own:
+            elements += n
+        float_bytes = elements * module.float_dtype.itemsize
+        op = EMBEDDING_OP if embedding else module.scheme.op
+        scheme, kernel, why = str(module.scheme), _core.select(op), ""
     else:
-        float_bytes, scheme, kernel, why = size, "float", "torch", reason or _UNKNOWN_REASON
-    return LayerSummary(name, k, n, scheme, kernel, float_bytes, size, float_ms, ms, error, why)
+        weight = module.weight
+        float_bytes, scheme, kernel, why = size, "float", "torch", row.get("reason") or _UNKNOWN_REASON
+    return LayerSummary(
+        name, *((n, k) if embedding else (k, n)), scheme, kernel, float_bytes, size, float_ms, ms, error, why,
+        counted.get(_key(weight), ""), embedding,
+    )  # fmt: skip
 
 
-def _tensors(module: torch.nn.Module) -> dict[tuple[int, int], torch.Tensor]:
+def _key(tensor: torch.Tensor) -> _Key:
+    return tensor.data_ptr() or id(tensor), tensor.nbytes  # one without memory is itself
+
+
+def _tensors(module: torch.nn.Module) -> dict[_Key, torch.Tensor]:
     """Parameters and buffers by the memory that they occupy, so that tied ones count once."""
-    return {(t.data_ptr(), t.nbytes): t for t in (*module.parameters(), *module.buffers())}
+    return {_key(t): t for t in (*module.parameters(), *module.buffers())}
 
 
 @contextlib.contextmanager
@@ -204,6 +238,8 @@ def _hooks(targets: dict[str, torch.nn.Module], measured: dict) -> Iterator[None
 
 def _measure(module: torch.nn.Module, x: torch.Tensor) -> tuple[float, float | None, float | None]:
     """(float ms, quantized ms, relative output error); the last two are None for a float layer."""
+    if isinstance(module, QEmbedding):
+        return _measure_embedding(module, x)
     if not isinstance(module, QLinear):
         hooked = module._forward_hooks or module._forward_pre_hooks
         call = module.forward if hooked else module
@@ -217,10 +253,23 @@ def _measure(module: torch.nn.Module, x: torch.Tensor) -> tuple[float, float | N
     def in_float() -> torch.Tensor:
         return activation(linear(x))
 
+    return _compare(in_float, lambda: twin(x))
+
+
+def _measure_embedding(module: QEmbedding, ids: torch.Tensor) -> tuple[float, float, float]:
+    twin = QEmbedding(module.quantized, float_dtype=module.float_dtype)
+    table = module.quantized.dequantize().to(module.float_dtype)
+    return _compare(lambda: functional.embedding(ids, table), lambda: twin(ids))
+
+
+def _compare(
+    in_float: Callable[[], torch.Tensor], quantized: Callable[[], torch.Tensor]
+) -> tuple[float, float, float]:
+    """(float ms, quantized ms, relative difference of what they return)."""
     exact = in_float().float()
     norm = exact.norm().item()
-    difference = (twin(x).float() - exact).norm().item()
-    return (*_interleaved([in_float, lambda: twin(x)]), difference / norm if norm else difference)
+    difference = (quantized().float() - exact).norm().item()
+    return (*_interleaved([in_float, quantized]), difference / norm if norm else difference)
 
 
 def _float_twin(module: QLinear, dtype: torch.dtype) -> torch.nn.Linear:

@@ -2,17 +2,51 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
 import halfbyte as hb
+
+from . import _core
+from .arrays import F32, NUMPY
 
 _SEED = 7
 # Around the tile sizes in use (4 to 32 rows, 8 to 32 columns): one row, tails of rows, columns and K, many
 # tiles.
 _SHAPES = ((1, 64, 64), (5, 33, 67), (13, 40, 130), (70, 96, 256))
 _ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
+# Per op: schemes and how their weights are quantized, so that each part of a weight and of the activations'
+# scales occurs.
+_SCHEMES = {
+    "linear_w8a8": (
+        ("w8a8", "absmax"),
+        ("w8a8+asym", "absmax"),
+        ("w8a8_g32", "absmax"),
+        ("w8a8_g64+asym", "hqq"),
+        ("w8a8+ag128", "absmax"),
+    ),
+    "linear_w4a8": (
+        ("w4a8", "absmax"),
+        ("w4a8_g128+asym", "absmax"),
+        ("w4a8_g64+asym", "hqq"),
+        ("w4a8_g32+ag32", "absmax"),
+    ),
+    "linear_w8a16": (
+        ("w8a16", "absmax"),
+        ("w8a16_g32+asym", "absmax"),
+        ("w8a16_g64+asym", "hqq"),
+    ),
+    "linear_w4a16": (
+        ("w4a16", "absmax"),
+        ("w4a16_g128", "absmax"),
+        ("w4a16_g32+asym", "absmax"),
+        ("w4a16_g64+asym", "hqq"),
+        ("w4a16_g64+nf4", "absmax"),
+    ),
+}
 
 
 def run() -> list[dict]:
@@ -56,9 +90,13 @@ def _compare(expected: list[np.ndarray] | Exception, got: list[np.ndarray] | Exc
     )
 
 
+def _normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return rng.standard_normal(shape).astype(np.float32)
+
+
 def _rows(rng: np.random.Generator, m: int, k: int) -> np.ndarray:
     """Activations with the awkward rows: all zero, one-sided, huge, tiny, not a number."""
-    x = rng.standard_normal((m, k)).astype(np.float32)
+    x = _normal(rng, m, k)
     special = (
         np.zeros(k),
         np.abs(x[0]),
@@ -71,17 +109,47 @@ def _rows(rng: np.random.Generator, m: int, k: int) -> np.ndarray:
     return x
 
 
-def _linear_w8a8(rng: np.random.Generator) -> list[np.ndarray]:
+def _linear(op: str, rng: np.random.Generator) -> list[np.ndarray]:
     results = []
-    for m, n, k in _SHAPES:
-        packed = hb.pack(hb.quantize(rng.standard_normal((n, k)).astype(np.float32), "w8a8"))
-        x, bias, residual = (
-            _rows(rng, m, k),
-            *(rng.standard_normal(s).astype(np.float32) for s in ((n,), (m, n))),
-        )
-        results.append(hb.linear(x, packed, out_dtype=np.int32))
+    for (m, n, k), (scheme, method) in itertools.product(_SHAPES, _SCHEMES[op]):
+        packed = hb.pack(hb.quantize(_normal(rng, n, k), scheme, method=method))
+        x, bias, residual = _rows(rng, m, k), _normal(rng, n), _normal(rng, m, n)
         results += [hb.linear(x, packed, bias, activation=a, residual=residual) for a in _ACTIVATIONS]
-        results.append(hb.linear(x, packed, bias, static=(0.03, 5)))
+        if packed.scheme.per_token:
+            results.append(hb.linear(x, packed, bias, static=(0.03, 5)))
+        if scheme == "w8a8":
+            results.append(hb.linear(x, packed, out_dtype=np.int32))
+    return results
+
+
+def _embedding(rng: np.random.Generator) -> list[np.ndarray]:
+    """Through the core, because QEmbedding needs torch; the weights of every scheme above, each once."""
+    results = []
+    schemes = {(s.replace("a8", "a16"), m) for op in _SCHEMES for s, m in _SCHEMES[op] if "+ag" not in s}
+    for (m, n, k), (scheme, method) in itertools.product(_SHAPES, sorted(schemes)):
+        q = hb.quantize(_normal(rng, n, k), scheme, method=method)
+        ids, out = rng.integers(0, n, m), np.empty((m, k), np.float32)
+        groups = [0 if part is None else NUMPY.pointer(part) for part in (q.group_scale, q.zero, q.minimum)]
+        _core.embedding(
+            NUMPY.pointer(q.codes),
+            n,
+            k,
+            q.codes.shape[1],
+            q.scheme.weight_bits,
+            q.scheme.nf4,
+            NUMPY.pointer(q.scale),
+            q.scheme.group,
+            groups[0],
+            F32 if q.group_scale is None else NUMPY.codes[q.group_scale.dtype],
+            *groups[1:],
+            NUMPY.pointer(ids),
+            m,
+            NUMPY.pointer(out),
+            k,
+            F32,
+            NUMPY.threads(),
+        )
+        results.append(out)
     return results
 
 
@@ -97,6 +165,7 @@ def _quantize_rows(rng: np.random.Generator) -> list[np.ndarray]:
 
 
 _CHECKS: dict[str, Callable[[np.random.Generator], list[np.ndarray]]] = {
-    "linear_w8a8": _linear_w8a8,
+    **{op: partial(_linear, op) for op in _SCHEMES},
+    "embedding": _embedding,
     "quantize_rows": _quantize_rows,
 }

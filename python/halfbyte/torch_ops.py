@@ -1,4 +1,4 @@
-"""halfbyte::linear_w8a8 as a torch operator, for torch.compile, autograd and tracing; and the cache of packs.
+"""halfbyte::linear as a torch operator, for torch.compile, autograd and tracing; and the cache of packs.
 
 Eager inference does not pass here: QLinear calls the core itself.
 """
@@ -15,12 +15,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .ops import run_linear
 from .pack import PackedWeight, pack
 from .quantize import QuantizedTensor
+from .quantized_tensor import unscaled
 from .scheme import Scheme
 
-_W8A8 = Scheme.parse("w8a8")
-
-# codes tensor -> (states of codes and scale, the scale tensor, PackedWeight); an entry lives as long as its
-# codes.
+# codes tensor -> {(scheme, k): (states of all weight tensors, those but the codes, PackedWeight)}; an entry
+# lives as long as its codes. Layers may share codes and quantize their inputs in different ways.
 _packs: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _packs_lock = Lock()
 
@@ -35,19 +34,32 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_unlock_in_child)
 
 
-def packed_weight(codes: Tensor, scale: Tensor) -> PackedWeight:
-    """The pack of these w8a8 codes: made once, and again after a tensor was changed or given other memory.
+def packed_weight(scheme: Scheme, k: int, codes: Tensor, *others: Tensor | None) -> PackedWeight:
+    """The pack of a weight: made once, and again after a tensor was changed or given other memory.
 
-    Inference tensors do not count their changes, so they are packed at every call.
+    others: scale, group_scale, zero and minimum, as in a QuantizedTensor. Inference tensors do not count
+    their changes, so they are packed at every call.
     """
-    if codes.is_inference() or scale.is_inference():
-        return pack(QuantizedTensor(codes, scale, _W8A8))
+
+    def make() -> PackedWeight:
+        scale, *rest = others
+        return pack(QuantizedTensor(codes, scale, scheme, k, *rest))
+
+    tensors = (codes, *others)
+    if any(t is not None and t.is_inference() for t in tensors):
+        return make()
     with _packs_lock:
-        states = state(codes), state(scale)
-        entry = _packs.get(codes)
-        if entry is None or entry[0] != states or entry[1] is not scale:
-            entry = states, scale, pack(QuantizedTensor(codes, scale, _W8A8))
-            _packs[codes] = entry
+        states = [None if t is None else state(t) for t in tensors]
+        entries = _packs.get(codes, {})
+        entry = entries.get((scheme, k))
+        if (
+            entry is None
+            or entry[0] != states
+            or any(a is not b for a, b in zip(entry[1], others, strict=True))
+        ):
+            entry = states, others, make()
+            current = {key: e for key, e in entries.items() if e[0][0] == states[0]}  # of these very codes
+            _packs[codes] = current | {(scheme, k): entry}
         return entry[2]
 
 
@@ -58,77 +70,86 @@ def state(tensor: Tensor) -> tuple[int, int]:
 
 _library = torch.library.Library("halfbyte", "DEF")
 _library.define(
-    "linear_w8a8(Tensor x, Tensor codes, Tensor scale, Tensor? bias=None, str activation='none', "
-    "Tensor? residual=None, Tensor? input_scale=None, Tensor? input_zero=None) -> Tensor",
+    "linear(Tensor x, str scheme, Tensor codes, Tensor scale, Tensor? group_scale=None, Tensor? zero=None, "
+    "Tensor? minimum=None, Tensor? bias=None, str activation='none', Tensor? residual=None, "
+    "Tensor? input_scale=None, Tensor? input_zero=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
 def _linear(
     x: Tensor,
+    scheme: str,
     codes: Tensor,
     scale: Tensor,
+    group_scale: Tensor | None = None,
+    zero: Tensor | None = None,
+    minimum: Tensor | None = None,
     bias: Tensor | None = None,
     activation: str = "none",
     residual: Tensor | None = None,
     input_scale: Tensor | None = None,
     input_zero: Tensor | None = None,
 ) -> Tensor:
+    parsed = Scheme.parse(scheme)
+    # x says whether the last half of a byte is used; where x does not fit, run_linear explains.
+    k = _features(parsed, codes)
+    k -= parsed.weight_bits == 4 and x.ndim > 0 and x.shape[-1] == k - 1
+    packed = packed_weight(parsed, k, codes, scale, group_scale, zero, minimum)
     static = None if input_scale is None else (input_scale.item(), input_zero.item())
-    return run_linear(x, packed_weight(codes, scale), bias, activation, residual, None, static)
+    return run_linear(x, packed, bias, activation, residual, None, static)
 
 
-def _linear_fake(
-    x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    bias: Tensor | None = None,
-    activation: str = "none",
-    residual: Tensor | None = None,
-    input_scale: Tensor | None = None,
-    input_zero: Tensor | None = None,
-) -> Tensor:
-    torch._check(
-        x.shape[-1] == codes.shape[1],
-        lambda: f"x has the shape {tuple(x.shape)}; its last dimension must be {codes.shape[1]}",
-    )
+def _linear_fake(x: Tensor, scheme: str, codes: Tensor, *others) -> Tensor:
+    parsed = Scheme.parse(scheme)
+    k = _features(parsed, codes)
+    fits = x.shape[-1] == k or (parsed.weight_bits == 4 and x.shape[-1] == k - 1)
+    torch._check(fits, lambda: f"x has the shape {tuple(x.shape)}; its last dimension must be {k}")
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
+def _features(scheme: Scheme, codes: Tensor) -> int:
+    """The most input features that the codes have room for."""
+    return codes.shape[1] * (2 if scheme.weight_bits == 4 else 1)
+
+
 def _save_for_backward(ctx, inputs: tuple, output: Tensor) -> None:
-    x, codes, scale, bias, activation, residual, *_ = inputs
-    ctx.save_for_backward(codes, scale)
-    ctx.activation = activation
+    x, scheme, codes, scale, group_scale, zero, minimum, bias, activation, residual, *_ = inputs
+    ctx.save_for_backward(codes, scale, group_scale, zero, minimum)
+    ctx.scheme, ctx.features, ctx.activation = scheme, x.shape[-1], activation
     ctx.dtypes = [None if t is None else t.dtype for t in (x, bias, residual)]
 
 
 def _backward(ctx, grad: Tensor) -> tuple:
-    """Straight through the rounding of x: the gradient of x @ (codes * scale).T + bias + residual."""
+    """Straight through the rounding of x: the gradient of x @ dequantized.T + bias + residual."""
     if ctx.activation != "none":
         raise NotImplementedError(
-            f"linear_w8a8 has no gradient with activation={ctx.activation!r}; use activation="
+            f"halfbyte::linear has no gradient with activation={ctx.activation!r}; use activation="
             "'none' and torch's own activation after it"
         )
-    needed = (*ctx.needs_input_grad, *[False] * 8)[
-        :8
-    ]  # torch leaves out trailing arguments at their defaults
-    if any(needed[i] for i in (1, 2, 6, 7)):
+    needed = dict(zip(_ARGUMENTS, ctx.needs_input_grad, strict=False))  # trailing defaults are left out
+    if any(needed.get(name) for name in _ARGUMENTS if name not in ("x", "bias", "residual")):
         raise NotImplementedError(
-            "linear_w8a8 has gradients for x, bias and residual, not for codes and scales"
+            "halfbyte::linear has gradients for x, bias and residual, not for codes and scales"
         )
-    codes, scale = ctx.saved_tensors
+    codes, scale, *rest = ctx.saved_tensors
     x_dtype, bias_dtype, residual_dtype = ctx.dtypes
     grad = grad.float()
-    grad_x = ((grad * scale) @ codes.float()).to(x_dtype) if needed[0] else None
-    grad_bias = grad.reshape(-1, codes.shape[0]).sum(0).to(bias_dtype) if needed[3] else None
-    grad_residual = grad.to(residual_dtype) if needed[5] else None
-    return grad_x, None, None, grad_bias, None, grad_residual, None, None
+    given = dict.fromkeys(_ARGUMENTS)
+    if needed["x"]:
+        weight = unscaled(codes, Scheme.parse(ctx.scheme), ctx.features, *rest)
+        given["x"] = ((grad * scale) @ weight).to(x_dtype)
+    if needed.get("bias"):
+        given["bias"] = grad.reshape(-1, codes.shape[0]).sum(0).to(bias_dtype)
+    if needed.get("residual"):
+        given["residual"] = grad.to(residual_dtype)
+    return tuple(given.values())
 
 
-_library.impl("linear_w8a8", _linear, "CPU")
-torch.library.register_fake("halfbyte::linear_w8a8", _linear_fake, lib=_library)
-torch.library.register_autograd(
-    "halfbyte::linear_w8a8", _backward, setup_context=_save_for_backward, lib=_library
-)
+_library.impl("linear", _linear, "CPU")
+torch.library.register_fake("halfbyte::linear", _linear_fake, lib=_library)
+torch.library.register_autograd("halfbyte::linear", _backward, setup_context=_save_for_backward, lib=_library)
 
-linear_w8a8 = torch.ops.halfbyte.linear_w8a8.default
+linear = torch.ops.halfbyte.linear.default
+
+_ARGUMENTS = tuple(argument.name for argument in linear._schema.arguments)

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from .modules import shape_of
+
 if TYPE_CHECKING:
+    from .embedding import QEmbedding
     from .qlinear import QLinear
 
 
 class WeightView:
-    """Stands for the dequantized weight [n, k] of a QLinear.
+    """Stands for the dequantized weight [n, k] of a QLinear or a QEmbedding.
 
     Models read `layer.weight.dtype` or `.device` to prepare inputs, which costs nothing here; a torch
     function that is called with this object gets the dequantized float32 tensor. Code that would hand the
@@ -23,9 +27,9 @@ class WeightView:
 
     requires_grad = False
 
-    def __init__(self, layer: QLinear):
+    def __init__(self, layer: QLinear | QEmbedding):
         self._layer = layer
-        self.shape = layer.weight_codes.shape
+        self.shape = torch.Size(shape_of(layer))
         self.device = layer.weight_codes.device
         self.dtype = layer.float_dtype
 

@@ -16,7 +16,7 @@ HALFBYTE_INLINE Bytes four_bits(const void* row, int64_t i) {
   return _mm_and_si128(_mm_unpacklo_epi8(low, _mm_srli_epi16(low, 4)), _mm_set1_epi8(15));
 }
 HALFBYTE_INLINE Bytes nf4(Bytes u) {
-  return _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(embedding::nf4_codes)), u);
+  return _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(nf4_levels)), u);
 }
 HALFBYTE_INLINE I widen(Bytes c) { return _mm512_cvtepi8_epi32(c); }
 HALFBYTE_INLINE float half(const void* p) {

@@ -2,7 +2,7 @@
 //
 //   out[r, i] = ((c - zero[g]) * group_scale[g] + minimum[g]) * scale        of the row ids[r], g = i / group
 //
-// c is the int8 code; of 4-bit codes the nibble u, or nf4_codes[u]. zero is 8 for nibbles that come with no zero, no
+// c is the int8 code; of 4-bit codes the nibble u, or nf4_levels[u]. zero is 8 for nibbles that come with no zero, no
 // minimum and no nf4. Each operation is one in float32, in the order written, then one rounding to the output's type:
 // what QuantizedTensor.dequantize() computes, bit for bit on every kernel. Absent parts count as group_scale 1 and
 // minimum 0, which changes no bit: c - zero is +0 or at least 1 in size, so that its product with a positive scale is
@@ -11,9 +11,6 @@
 #include "core/kernel.h"
 
 namespace halfbyte::embedding {
-
-// The levels of NormalFloat4 (Dettmers et al. 2023, appendix E) times 127, rounded.
-constexpr int8_t nf4_codes[16] = {-127, -88, -67, -50, -36, -23, -12, 0, 10, 20, 31, 43, 56, 71, 92, 127};
 
 struct Args {
   const void* codes;  // 8 bits: int8 [n][k]; 4 bits: bytes [n][(k + 1) / 2], even k in the low half

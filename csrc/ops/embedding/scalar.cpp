@@ -12,7 +12,7 @@ inline Bytes eight_bits(const void* row, int64_t i) { return static_cast<const i
 inline Bytes four_bits(const void* row, int64_t i) {
   return static_cast<Bytes>(static_cast<const uint8_t*>(row)[i / 2] >> (i % 2 * 4) & 15);
 }
-inline Bytes nf4(Bytes u) { return embedding::nf4_codes[u]; }
+inline Bytes nf4(Bytes u) { return nf4_levels[u]; }
 inline I widen(Bytes c) { return c; }
 inline float half(const void* p) { return load<DType::f16>(p); }
 

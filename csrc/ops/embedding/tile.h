@@ -3,7 +3,7 @@
 //
 //   Bytes eight_bits(const void* row, int64_t i)  codes i .. i + width - 1 of a row
 //   Bytes four_bits(const void* row, int64_t i)   the same of nibbles, 0 .. 15; i is a multiple of width
-//   Bytes nf4(Bytes u)                            nf4_codes[u]
+//   Bytes nf4(Bytes u)                            nf4_levels[u]
 //   I widen(Bytes c)                              with their signs
 //   float half(const void* p)                     one float16
 #pragma once

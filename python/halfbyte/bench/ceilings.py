@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 
+from ..scheme import Scheme
 from .engine import Ceiling
 from .machine import last_level_cache_bytes
 
@@ -24,6 +25,14 @@ class Peaks:
     int8: float | None
     cache_read: float
     dram_read: float
+
+
+def products_per_weight(scheme: str | Scheme) -> int:
+    """int8 products that one weight takes: two for 16-bit activations, which are two bytes, else one.
+
+    The peak of a scheme is the int8 peak divided by it. 4-bit codes are widened to 8 before they multiply.
+    """
+    return Scheme.parse(scheme).activation_bits // 8
 
 
 def samplers(isa: str, threads: int) -> list[Ceiling]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..extras import require
-from . import minilm
+from . import footprint, minilm
 from .engine import Timed, median_of_ratios, progress, run_rounds
 from .linear import OURS, kernel_name, thread_counts
 from .machine import describe
@@ -54,7 +54,7 @@ def run(settings: Settings) -> dict:
             "model": minilm.NAME,
             "replaced": f"{replaced} of {linears}" if replaced != linears else "all",
             "kernel": kernel_name(_SCHEME),
-            "bytes": {FLOAT: minilm.resident_bytes(base), OURS: minilm.resident_bytes(ours)},
+            "bytes": {FLOAT: footprint.resident_bytes(base), OURS: footprint.resident_bytes(ours)},
             "results": results,
         }
 

@@ -14,7 +14,7 @@ from .machine import describe
 _SHAPE = (1, 64, 64)
 _THREADS = 1  # a layer this small runs on the calling thread anyway
 _F32 = 0  # dtype code of float32 in halfbyte._core
-_BINDING, _EMPTY, _FLOAT = "_core.linear_w8a8", "_core.linear_w8a8, 0 rows", "torch float32"
+_BINDING, _EMPTY, _FLOAT = "_core.linear", "_core.linear, 0 rows", "torch float32"
 
 
 def run(rounds: int = 25, round_seconds: float = 0.01) -> dict:
@@ -32,7 +32,7 @@ def run(rounds: int = 25, round_seconds: float = 0.01) -> dict:
     module = hb.QLinear.from_linear(linear, "w8a8")
     x = torch.randn(m, k)
     quantized = hb.quantize(linear.weight.detach().numpy(), "w8a8")
-    packed = _core.pack_linear_w8a8(quantized.codes.ctypes.data, n, k, k, quantized.scale.ctypes.data)
+    packed = hb.pack(quantized).core
     bias, out = linear.bias.detach().numpy(), np.empty((m, n), np.float32)
     # packed, rows, input, output, bias, no activation, no residual, dynamic activation scale, threads
     tail = (
@@ -53,8 +53,8 @@ def run(rounds: int = 25, round_seconds: float = 0.01) -> dict:
     )
     calls = {
         OURS: lambda: module(x),
-        _BINDING: lambda: _core.linear_w8a8(packed, m, *tail),
-        _EMPTY: lambda: _core.linear_w8a8(packed, 0, *tail),
+        _BINDING: lambda: _core.linear(packed, m, *tail),
+        _EMPTY: lambda: _core.linear(packed, 0, *tail),
         _FLOAT: lambda: linear(x),
     }
     with thread_counts(_THREADS):

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..tables import markdown_table, percent, significant, text_table
+from .ceilings import products_per_weight
 from .machine import sentence
 
 Table = Callable[[list[str], list[list[str]]], str]
 _FOOTNOTE = (
-    "us: median over rounds. GOP/s counts 2*m*n*k. GB/s counts stored weights and float32 input and output. "
+    "us: median over rounds. GOP/s counts 2*m*n*k. GB/s counts packed weights and float32 input and output. "
     "% of ceilings and 'halfbyte is': medians of per-round quotients of this run. "
     "error: relative to the float64 product."
 )
@@ -28,7 +29,8 @@ def _linear(result: dict, table: Table) -> list[str]:
     blocks = []
     for shape in result["results"]:
         top = shape["ceilings"]
-        peak = f"int8 peak {top['int8'] / 1e9:.0f} GOP/s ({top['isa']}), " if top["int8"] else ""
+        half = ", half of it with 16-bit activations" if products_per_weight(shape["scheme"]) == 2 else ""
+        peak = f"int8 peak {top['int8'] / 1e9:.0f} GOP/s ({top['isa']}{half}), " if top["int8"] else ""
         blocks.append(
             f"{shape['m']}x{shape['n']}x{shape['k']} (m x n x k), {shape['scheme']}, "
             f"{'cold' if shape['cold'] else 'warm'} weights; {peak}"

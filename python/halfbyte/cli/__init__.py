@@ -14,7 +14,7 @@ from ..errors import HalfbyteError
 _COMMANDS = {
     "doctor": "what this machine can run, what was built, which kernel each op uses, and a self-test",
     "bench": "measure layers, call overhead or a whole model against other tools and this machine's ceilings",
-    "demo": "search Python's own documentation with MiniLM in float32 and int8, side by side",
+    "demo": "search Python's documentation with MiniLM in float32 and int8, or (llm) run a language model",
     "inspect": "show what a directory written by halfbyte.save holds",
 }
 _EXIT_ERROR = 2  # argparse uses the same status for a wrong command line
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # benchmarks.
     chosen = next((word for word in arguments if word in _COMMANDS), None)
     parser = argparse.ArgumentParser(
-        prog="halfbyte", description="Int8 kernels for PyTorch models on this CPU."
+        prog="halfbyte", description="Int8 and int4 kernels for PyTorch models on this CPU."
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     subparsers = parser.add_subparsers(dest="command", metavar="command")

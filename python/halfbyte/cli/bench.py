@@ -9,14 +9,12 @@ import os
 import sys
 from pathlib import Path
 
-import halfbyte
-
 from ..bench import linear, model, overhead, plot
 from ..bench.engine import progress
 from ..bench.machine import available_cores
 from ..bench.peers import PEERS
 from ..bench.render import render
-from ..errors import SchemeError
+from .arguments import positive, schemes
 
 _DEFAULT_M, _DEFAULT_N, _DEFAULT_K = [1, 8, 32, 128, 512], [4096], [4096]
 _DEFAULT_MODEL_SHAPES = [(1, 16), (8, 64), (32, 128)]
@@ -40,9 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shape", type=_shapes(3), metavar="MxNxK,...", help="whole shapes instead of -m, -n and -k"
     )
     one.add_argument(
-        "--scheme", type=_schemes, default=["w8a8"], metavar="S,...", help="halfbyte schemes (default w8a8)"
-    )
-    one.add_argument("--vs", type=_names(PEERS), default=list(PEERS), metavar="P,...", help=_peer_help(PEERS))
+        "--scheme", type=schemes, default=["w8a8"], metavar="S,...",
+        help="halfbyte schemes, such as w8a8,w4a8_g32,w4a16_g128 (default w8a8)",
+    )  # fmt: skip
+    one.add_argument(
+        "--vs", type=_names(PEERS), metavar="P,...",
+        help=_peer_help(PEERS, "those that do the same job as the scheme"),
+    )  # fmt: skip
     one.add_argument(
         "--cold", action="store_true", help="rotate through more weights than the last-level cache holds"
     )
@@ -119,13 +121,13 @@ def _add_common(parser: argparse.ArgumentParser, rounds: int, round_ms: float, t
     if threads:
         cores = available_cores()
         parser.add_argument(
-            "--threads", type=_positive, default=cores, help=f"for every contestant (default {cores})"
+            "--threads", type=positive, default=cores, help=f"for every contestant (default {cores})"
         )
     parser.add_argument(
-        "--rounds", type=_positive, default=rounds, help=f"interleaved rounds (default {rounds})"
+        "--rounds", type=positive, default=rounds, help=f"interleaved rounds (default {rounds})"
     )
     parser.add_argument(
-        "--round-ms", type=_positive, default=round_ms, metavar="MS",
+        "--round-ms", type=positive, default=round_ms, metavar="MS",
         help=f"calls are repeated for about this long per round and contestant (default {round_ms})",
     )  # fmt: skip
     parser.add_argument("--format", choices=("table", "json", "markdown"), default="table")
@@ -134,15 +136,8 @@ def _add_common(parser: argparse.ArgumentParser, rounds: int, round_ms: float, t
     )
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
-
-
 def _integers(text: str) -> list[int]:
-    return [_positive(part) for part in text.split(",")]
+    return [positive(part) for part in text.split(",")]
 
 
 def _shapes(dimensions: int):
@@ -159,13 +154,6 @@ def _shapes(dimensions: int):
     return parse
 
 
-def _schemes(text: str) -> list[str]:
-    try:
-        return [str(halfbyte.Scheme.parse(part)) for part in text.split(",")]
-    except SchemeError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
 def _names(known):
     def parse(text: str) -> list[str]:
         names = [] if text == "none" else text.split(",")
@@ -178,8 +166,8 @@ def _names(known):
     return parse
 
 
-def _peer_help(known) -> str:
-    return f"compare with some of {', '.join(known)}, or none (default: all)"
+def _peer_help(known, default: str = "all") -> str:
+    return f"compare with some of {', '.join(known)}, or none (default: {default})"
 
 
 def _join(values: list[int]) -> str:

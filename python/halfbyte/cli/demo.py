@@ -1,4 +1,7 @@
-"""`halfbyte demo`: MiniLM searches Python's own documentation in float32 and in int8, side by side."""
+"""`halfbyte demo`: MiniLM searches Python's own documentation in float32 and in int8, side by side.
+
+`halfbyte demo llm` is a demonstration of its own (demo_llm.py).
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,13 @@ import statistics
 import textwrap
 import time
 
-from ..bench import minilm
+from ..bench import footprint, minilm
 from ..bench.linear import kernel_name, thread_counts
 from ..bench.machine import available_cores
 from ..extras import require
 from ..tables import mebibytes, text_table
+from . import demo_llm
+from .arguments import positive
 
 _SCHEME = "w8a8"
 _BATCH = 32
@@ -37,16 +42,27 @@ _QUESTIONS = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `halfbyte demo`."""
     cores = available_cores()
-    parser.add_argument("--threads", type=int, default=cores, help=f"for both models (default {cores})")
+    parser.set_defaults(demo=_run_minilm)
+    parser.add_argument("--threads", type=positive, default=cores, help=f"for both models (default {cores})")
     parser.add_argument(
         "--passages", type=int, metavar="N", help="index only the first N passages (default: all)"
     )
     parser.add_argument(
         "--show", type=int, default=4, metavar="N", help="print the answers to N questions (default 4)"
     )
+    others = parser.add_subparsers(metavar="[llm]")
+    summary = "a language model instead: perplexity, tokens per second and bytes of float32 and int4"
+    other = others.add_parser("llm", help=summary, description=summary[0].upper() + summary[1:] + ".")
+    other.set_defaults(demo=demo_llm.run)
+    demo_llm.add_arguments(other)
 
 
 def run(args: argparse.Namespace) -> int:
+    """The demonstration that was asked for."""
+    return args.demo(args)
+
+
+def _run_minilm(args: argparse.Namespace) -> int:
     """Embed, search, print answers and the table."""
     require("torch", extra="demo", purpose="halfbyte demo")
     require("tqdm", extra="demo", purpose="halfbyte demo")
@@ -121,8 +137,8 @@ def _table(models: dict, vectors: dict, seconds: dict[str, list[float]], hits: d
     same_first = sum(a[0] == b[0] for a, b in pairs)
     shared = sum(len(set(a) & set(b)) for a, b in pairs)
     total = sum(len(a) for a, _ in pairs)
-    sizes = {name: minilm.resident_bytes(model) for name, model in models.items()}
-    saved = {name: minilm.byte_count(model) for name, model in models.items()}
+    sizes = {name: footprint.resident_bytes(model) for name, model in models.items()}
+    saved = {name: footprint.byte_count(model) for name, model in models.items()}
     embedding = sum(p.numel() * p.element_size() for p in models[_FLOAT].embeddings.parameters())
     return text_table(
         ["", _FLOAT, _OURS, "comparison"],

@@ -8,9 +8,13 @@ from pathlib import Path
 
 from .. import manifest
 from ..errors import FormatError
+from ..scheme import Scheme
 from ..tables import mebibytes, text_table
 
-_BUFFERS = ("weight_codes", "weight_scale", "bias", "input_scale", "input_zero")
+_BUFFERS = (
+    "weight_codes", "weight_scale", "weight_group_scale", "weight_zero", "weight_minimum", "bias",
+    "input_scale", "input_zero",
+)  # fmt: skip
 _FLOAT_BYTES = 4  # the layers were float32 before
 
 
@@ -35,9 +39,12 @@ def examine(directory: Path) -> dict:
     layers = []
     for name, entry in saved.layers.items():
         prefix = f"{name}." if name else ""
+        shared = f"{prefix}weight_codes" in saved.aliases  # its bytes count where they are stored
+        own_bias = _FLOAT_BYTES * entry.out * (entry.bias and f"{prefix}bias" not in saved.aliases)
         layers.append(
             {
                 "name": name,
+                "kind": entry.kind,
                 "in": entry.in_,
                 "out": entry.out,
                 "scheme": str(entry.scheme),
@@ -45,7 +52,7 @@ def examine(directory: Path) -> dict:
                 "activation": entry.activation,
                 "static": entry.static,
                 "bytes": sum(tensors.get(prefix + buffer, 0) for buffer in _BUFFERS),
-                "float_bytes": _FLOAT_BYTES * entry.out * (entry.in_ + entry.bias),
+                "float_bytes": _FLOAT_BYTES * entry.out * (0 if shared else entry.in_) + own_bias,
             }
         )
     return {
@@ -58,6 +65,22 @@ def examine(directory: Path) -> dict:
         "tensors": len(tensors),
         "shared": saved.aliases,
     }
+
+
+def _shape(layer: dict) -> str:
+    if layer["kind"] == "embedding":
+        return f"{layer['out']} rows of {layer['in']}"
+    return f"{layer['in']} -> {layer['out']}"
+
+
+def _input_codes(layer: dict) -> str:
+    """How the activations get their scales."""
+    scheme = Scheme.parse(layer["scheme"])
+    if layer["kind"] == "embedding":
+        return "-"
+    if layer["static"]:
+        return "fixed scale"
+    return "per token" if scheme.per_token else f"per token and {scheme.fold_group} features"
 
 
 def _tensor_bytes(path: Path) -> dict[str, int]:
@@ -78,11 +101,11 @@ def _text(found: dict) -> str:
     rows = [
         [
             layer["name"] or "(the model)",
-            f"{layer['in']} -> {layer['out']}",
+            _shape(layer),
             layer["scheme"],
             "bias" if layer["bias"] else "-",
             layer["activation"],
-            "fixed scale" if layer["static"] else "per token",
+            _input_codes(layer),
             mebibytes(layer["bytes"]),
         ]
         for layer in layers

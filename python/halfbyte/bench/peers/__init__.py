@@ -2,7 +2,9 @@
 
 Each module has `build(problem) -> Layer`, which makes the layer from the problem's float32 weight, with
 float32 in and out, in the form that is fastest for that tool here; `Layer.note` says which form. It runs on
-`problem.threads` threads; those of torch take the thread count that the caller has set for the process.
+`problem.threads` threads; those of torch take the thread count that the caller has set for the process. Tools
+that can do several formats take the one of `problem.scheme`: its weight bits and group, and int8 or float
+activations.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...extras import quiet
+from ...scheme import Scheme
 
 PEERS = {
     "torch-fp32": "torch_fp32",
@@ -23,10 +26,23 @@ PEERS = {
     "torchao": "torchao_int8",
     "onnxruntime": "onnxruntime_int8",
     "onnxruntime-nbits": "onnxruntime_nbits",
-    "openvino": "openvino_int8",
+    "openvino": "openvino_weights",
     "openvino-static": "openvino_static",
+    "torch-int8pack": "torch_int8pack",
+    "torch-int4pack": "torch_int4pack",
 }
-INT8_PEERS = frozenset(PEERS) - {"torch-fp32", "torch-bf16"}
+QUANTIZED_PEERS = frozenset(PEERS) - {"torch-fp32", "torch-bf16"}
+# Those that multiply int8 by int8, given int8 activations.
+INT8_PEERS = QUANTIZED_PEERS - {"torch-int8pack", "torch-int4pack"}
+# What a scheme is compared with where nobody says: tools that can do the same job.
+_EVERYWHERE = ("torch-fp32", "torch-bf16", "onnxruntime-nbits", "openvino")
+_DEFAULTS = {
+    "w8a8": (*_EVERYWHERE, "torch-int8", "torchao", "onnxruntime", "openvino-static"),
+    "w8a16": (*_EVERYWHERE, "torch-int8pack"),
+    "w4a8": (*_EVERYWHERE, "torch-int4pack"),
+    "w4a16": (*_EVERYWHERE, "torch-int4pack"),
+}
+_GROUP = 128  # of grouped formats, for a scheme whose weights have one scale per channel
 
 # Cold runs rotate through this many times the last-level cache: a copy has left the caches when its turn is
 # back.
@@ -42,10 +58,16 @@ class Problem:
     bias: np.ndarray
     threads: int
     cold_bytes: int = 0  # weights to rotate through; 0 = one copy, which may stay in the caches
+    scheme: Scheme = Scheme.parse("w8a8")  # what halfbyte runs, for peers that can do the same
 
     @property
     def mnk(self) -> tuple[int, int, int]:
         return self.x.shape[0], *self.weight.shape
+
+    @property
+    def group(self) -> int:
+        """Weights that share a scale along k, for peers whose formats have groups."""
+        return self.scheme.group or _GROUP
 
     def copies(self, weight_bytes: int) -> int:
         """How many layers of `weight_bytes` each are needed to pass `cold_bytes`."""
@@ -64,6 +86,16 @@ class Layer:
 
 class UnavailableError(Exception):
     """The tool is not installed, or cannot do this; the message is the reason that the report shows."""
+
+
+def default_names(scheme: Scheme) -> list[str]:
+    """The peers that do the job of `scheme`, in the order of PEERS."""
+    return [name for name in PEERS if name in _DEFAULTS[f"w{scheme.weight_bits}a{scheme.activation_bits}"]]
+
+
+def multiplies_int8(name: str, scheme: Scheme) -> bool:
+    """Whether a peer's products are int8 by int8, so that the int8 peak bounds it."""
+    return name in INT8_PEERS and scheme.activation_bits == 8
 
 
 def build(name: str, problem: Problem) -> Layer:

@@ -46,11 +46,12 @@ def sessions(problem: Problem, model: bytes, weight_bytes: int, note: str) -> La
     """One session per weight copy, inputs and outputs bound once; the pool spins as onnxruntime lets it.
 
     Several sessions share one pool of threads: a pool each would have the idle ones spin beside the busy one.
+    Once a process has that pool, onnxruntime refuses sessions with one of their own.
     """
     m, n, _ = problem.mnk
     count = problem.copies(weight_bytes)
     options = onnxruntime.SessionOptions()
-    if count > 1:
+    if count > 1 or _make_shared_pool.cache_info().currsize:
         _make_shared_pool(problem.threads)
         options.use_per_session_threads = False
     else:

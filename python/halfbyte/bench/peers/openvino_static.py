@@ -9,21 +9,20 @@ import openvino
 from openvino import opset13 as ops
 
 from . import Layer, Problem
-from .openvino_int8 import layer, product, version
+from .openvino_weights import int8_weight, layer, product, version
 
 _LEVELS = 256
 
 
 def build(problem: Problem) -> Layer:
-    return layer(
-        problem, lambda: _model(problem), {}, f"OpenVINO {version()} int8 weights, static int8 activations"
-    )
+    weight_bytes = problem.weight.size + 4 * problem.weight.shape[0]
+    note = f"OpenVINO {version()} int8 weights, static int8 activations"
+    return layer(problem, lambda: _model(problem), {}, weight_bytes, note)
 
 
 def _model(problem: Problem) -> openvino.Model:
     m, _, k = problem.mnk
     x = ops.parameter([m, k], np.float32, name="x")
     low, high = (ops.constant(np.array([[v]], np.float32)) for v in (problem.x.min(), problem.x.max()))
-    return openvino.Model(
-        [product(problem, ops.fake_quantize(x, low, high, low, high, _LEVELS))], [x], "linear"
-    )
+    codes = ops.fake_quantize(x, low, high, low, high, _LEVELS)
+    return openvino.Model([product(problem, codes, int8_weight(problem))], [x], "linear")
