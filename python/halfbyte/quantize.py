@@ -48,7 +48,7 @@ def quantize(
     scheme = Scheme.parse(scheme)
     if method is None:
         method = search.DEFAULT_INT4 if scheme.weight_bits == 4 and not scheme.nf4 else "absmax"
-    if min(_matrix_shape(weight, name, limited=not scheme.group)) == 0:
+    if min(_matrix_shape(weight, name, limited=not scheme.fold_group)) == 0:
         raise ShapeError(f"{name} has the shape {tuple(weight.shape)}: there is nothing in it to quantize")
     if method == "absmax" and (scheme.weight_bits, scheme.group, scheme.asym) == (8, 0, False):
         rows = _quantize_rows(weight, name, symmetric=True)

@@ -9,7 +9,7 @@
 // exp and erf are polynomial or rational fits with errors below 2^-24, followed by at most 16 float32 roundings of
 // 2^-24 each on terms not larger than max(1, |y|). none and relu are exact given acc.
 //
-// With scales per group of k, of the weight, of the activations or of both: as linear_w4a8, with int8 codes.
+// With scales per group of k, of the weight, of the activations or of both: as linear_w4a8 (which fuses), with int8 codes.
 #pragma once
 
 namespace halfbyte {
