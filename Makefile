@@ -43,7 +43,7 @@ lint: $(VENV)/.installed
 
 # The C++ core and every kernel under the sanitizers, without Python in the process.
 build/sanitize-%/ok: $(VENV)/.tools $(CPPTEST)
-	$(CMAKE) -S . -B $(@D) -G Ninja -DCMAKE_MAKE_PROGRAM=$(NINJA) -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	$(CMAKE) -S . -B $(@D) -G Ninja -DCMAKE_MAKE_PROGRAM=$(NINJA) -DCMAKE_BUILD_TYPE=Release \
 	  -DHALFBYTE_PYTHON=OFF -DHALFBYTE_TESTS=ON -DHALFBYTE_EMULATE=ON -DHALFBYTE_SANITIZE=$* > /dev/null
 	$(NINJA) -C $(@D) --quiet core_test
 	UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 $(@D)/tests/cpp/core_test

@@ -41,7 +41,7 @@ void check_weight(const LinearOp& op, const StoredWeight& w) {
         "NF4 codes belong to 4-bit weights with 16-bit activations, without zero points or minima");
   valid(!w.zero || !w.minimum, "give zero points or minima, not both");
   valid(!w.minimum || w.group, "minima are per group");
-  valid(!w.group || w.group_scale, "a weight in groups needs group scales");
+  valid(!w.group || w.group_scale || w.n == 0 || w.k == 0, "a weight in groups needs group scales");
   valid(w.group_scale_type == DType::f32 || w.group_scale_type == DType::f16, "group scales must be float32 or float16");
   valid(w.k <= max_k || w.group || w.activation_group || op.activation_bits == 16, "in_features ", w.k, " exceed ", max_k,
         ", the most whose sums fit int32; keep this layer in float, or use groups");

@@ -1,6 +1,7 @@
 // Tiles of weights in groups on AVX512-VNNI: 6x32, and for few rows up to four panels side by side, because vpdpbusd has a
 // latency of 4-5 cycles at one or two per cycle and 1x32 would have two chains only.
-//   8-bit activations    12 integer sums, 12 scaled ones (in L1 where there are more: 7 to 12 rows alone), 2 weight vectors, 1 broadcast, 1 mask: 28 of 32 registers
+//   8-bit activations    12 integer sums, 12 scaled ones, 2 weight vectors, 1 broadcast, 1 mask: 28 of 32 registers; where
+//                        sums are more (7 or 8 rows alone, 4x64), the scaled ones stay in L1
 //   16-bit activations   24 integer sums (high and low parts); the scaled ones stay in L1
 //
 // Nibbles cost two ANDs a line, on other pipes than the multiplier's: the high ones stay where they are and count 16 times.
@@ -69,7 +70,7 @@ void tile_of(const TileArgs& t) {
   }
   constexpr bool in_registers = parts == 1 && rows * panels <= 6;  // t
   F y[rows][vectors];
-#pragma GCC unroll 12
+#pragma GCC unroll 8
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) {
@@ -91,7 +92,7 @@ void tile_of(const TileArgs& t) {
       for (int v = 0; v < vectors; ++v) {
         const uint8_t* const zeros = header + format.scale_bytes + (v / 2) * panel_bytes + (v % 2) * 32;
         const I zero = load_i16(reinterpret_cast<const int16_t*>(zeros));
-#pragma GCC unroll 12
+#pragma GCC unroll 8
         for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 2
           for (int p = 0; p < parts; ++p) {
@@ -99,14 +100,14 @@ void tile_of(const TileArgs& t) {
           }
       }
     } else if (Weights::low_shift == 3 && format.minimum_bytes) {
-#pragma GCC unroll 12
+#pragma GCC unroll 8
       for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 8
         for (int v = 0; v < vectors; ++v)
 #pragma GCC unroll 2
           for (int p = 0; p < parts; ++p) acc[p][r][v] = set1_i(0);
     } else {
-#pragma GCC unroll 12
+#pragma GCC unroll 8
       for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 2
         for (int p = 0; p < parts; ++p) {
@@ -133,7 +134,7 @@ void tile_of(const TileArgs& t) {
         for (int panel = 0; panel < panels; ++panel) {
           I low, high;
           Weights::load(b + panel * panel_bytes + u * Weights::line, low, high);
-#pragma GCC unroll 12
+#pragma GCC unroll 8
           for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 2
             for (int p = 0; p < parts; ++p) {
@@ -170,7 +171,7 @@ void tile_of(const TileArgs& t) {
 #pragma GCC unroll 2
         for (int v = 0; v < 2; ++v) scale[v] = load_factors(header + panel * panel_bytes, format.scale_bytes, v);
       }
-#pragma GCC unroll 12
+#pragma GCC unroll 8
       for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 2
         for (int v = 0; v < 2; ++v) {
@@ -194,7 +195,7 @@ void tile_of(const TileArgs& t) {
     }
     if (format.minimum_bytes) {
       const uint8_t* const minima = header + format.scale_bytes + format.zero_bytes;
-#pragma GCC unroll 12
+#pragma GCC unroll 8
       for (int r = 0; r < rows; ++r) {
         const int32_t* const sums = a_sum + r * t.sum_stride;
         F s = set1(static_cast<float>(parts == 2 ? 256 * sums[0] + sums[parts - 1] : sums[0]));
@@ -213,14 +214,14 @@ void tile_of(const TileArgs& t) {
     }
   }
   if constexpr (in_registers) {
-#pragma GCC unroll 12
+#pragma GCC unroll 8
     for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 8
       for (int v = 0; v < vectors; ++v) store<DType::f32>(t.t + (r * vectors + v) * width, y[r][v]);
   }
 }
 
-constexpr int mr = 6, alone = 12;
+constexpr int mr = 6, alone = 8;
 constexpr int accumulators = 8, wide_accumulators = 6;  // 16-bit activations take two registers for each
 
 using TileFunction = void (*)(const TileArgs&);
@@ -239,8 +240,8 @@ template <class Weights, int parts, bool per_group>
 void tile_in_groups(const TileArgs& t) {
 #define TILE(rows, panels) tile_if_it_fits<Weights, parts, per_group, rows, panels>()
 #define TILES(rows) {TILE(rows, 1), TILE(rows, 2), TILE(rows, 3), TILE(rows, 4)}
-  static constexpr TileFunction tiles[alone][max_panels] = {TILES(1), TILES(2), TILES(3),  TILES(4),  TILES(5),  TILES(6),
-                                                            TILES(7), TILES(8), TILES(9), TILES(10), TILES(11), TILES(12)};
+  static constexpr TileFunction tiles[alone][max_panels] = {TILES(1), TILES(2), TILES(3), TILES(4),
+                                                            TILES(5), TILES(6), TILES(7), TILES(8)};
 #undef TILES
 #undef TILE
   tiles[t.rows - 1][t.panels - 1](t);
