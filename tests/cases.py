@@ -12,6 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from weights import FILLINGS as WEIGHT_FILLINGS
+from weights import GROUPED, W8A8, Format
+
 MR, NR, KR, KV = 12, 32, 4, 64
 K_MAX = 65792  # floor((2^31 - 1) / (255 * 128)): beyond it an int32 accumulator of these codes can overflow
 
@@ -94,11 +97,26 @@ class Linear:
     w: str = "normal"
     layout: str = "dense"
     threads: int = 1
+    form: Format = W8A8
 
     @property
     def id(self) -> str:
         tail = "".join(f"-{v}" for v in (self.x, self.w, self.layout) if v not in ("normal", "dense"))
-        return f"{self.m}x{self.n}x{self.k}{tail}" + (f"-t{self.threads}" if self.threads > 1 else "")
+        tail += f"-t{self.threads}" if self.threads > 1 else ""
+        return f"{self.form}-{self.m}x{self.n}x{self.k}{tail}"
+
+    def fill_x(self, rng: np.random.Generator) -> np.ndarray:
+        """float32 [m, k] of the filling x, within what the sums of the format can hold.
+
+        In a panel of 4-bit codes channels 16 to 31 count 16 times (csrc/core/gemm.h). Where activations have
+        scales per group, which are factors of the sums, those overflow at 2^124 in place of 2^128.
+        """
+        x = fill_rows(self.x, self.m, self.k, rng)
+        scheme = self.form.scheme
+        if scheme.weight_bits == 4 and not scheme.per_token:
+            with np.errstate(invalid="ignore"):
+                x = np.where(np.abs(x) > 2.0**80, x * np.float32(2.0**-60), x)
+        return x
 
 
 @dataclass(frozen=True)
@@ -185,25 +203,6 @@ def fill_rows(kind: str, m: int, k: int, rng: np.random.Generator) -> np.ndarray
         return np.ascontiguousarray(makers[kind](), dtype=np.float32)
 
 
-def fill_codes(kind: str, n: int, k: int, rng: np.random.Generator) -> np.ndarray:
-    """int8 [n, k] weight codes of the named kind; -128, which quantize() never gives, must work too."""
-    makers = {
-        "normal": lambda: np.clip(np.rint(rng.standard_normal((n, k)) * 40), -127, 127),
-        "full": lambda: rng.integers(-128, 128, (n, k)),
-        "zeros": lambda: np.zeros((n, k)),
-        "max": lambda: np.full((n, k), 127),
-        "min": lambda: np.full((n, k), -128),
-        "alternating": lambda: np.where((np.arange(n)[:, None] + np.arange(k)) % 2, 127, -127),
-        "rows": lambda: np.broadcast_to(np.where(np.arange(n) % 2, 127, -128)[:, None], (n, k)),
-    }
-    return np.ascontiguousarray(makers[kind](), dtype=np.int8)
-
-
-def fill_scale(n: int, rng: np.random.Generator) -> np.ndarray:
-    """float32 [n] positive weight scales over several orders of magnitude."""
-    return (10.0 ** rng.uniform(-5, 0, n)).astype(np.float32)
-
-
 def _linear_cases() -> list[Linear]:
     cases = [Linear(m, 33, 37) for m in range(0, 3 * MR + 2)]
     cases += [Linear(7, n, 20) for n in AROUND_NR] + [Linear(13, 32, k) for k in AROUND_K]
@@ -223,7 +222,7 @@ def _linear_cases() -> list[Linear]:
     ]
     cases += [Linear(*s, "mixed", "full", LAYOUTS[i % 4]) for i, s in enumerate(corners)]
     cases += [Linear(m, 35, 70, x, w) for m, w in ((3, "full"), (14, "normal")) for x in FILLINGS]
-    codes = ("zeros", "max", "min", "alternating", "rows")
+    codes = [w for w in WEIGHT_FILLINGS if w not in ("normal", "full")]
     cases += [Linear(m, 34, 67, x, w) for m in (2, 13) for x in ("constant", "two_valued") for w in codes]
     # K to the end of what an int32 holds, with every product at its largest and of one sign.
     cases += [
@@ -253,20 +252,67 @@ def _linear_cases() -> list[Linear]:
     return list(dict.fromkeys(cases))
 
 
+def _grouped_cases() -> list[Linear]:
+    cases = []
+    rows, columns = (1, 13, 2, 5, 33, 4, 6, 7, 3, 12, 25, 49), (33, 65, 1, 31, 97, 16, 32, 129, 17, 34)
+    # Each format with each k around its groups; the rest in turn, at steps that share no divisor.
+    for i, form in enumerate(GROUPED):
+        group = form.scheme.fold_group or 64
+        sizes = (1, 3, 31, group - 1, group, group + 1, 65, 2 * group, 3 * group + 7, 257)
+        for j, k in enumerate(sizes):
+            m, n = rows[(i + 5 * j) % len(rows)], columns[(i + 3 * j) % len(columns)]
+            w = WEIGHT_FILLINGS[(i + 2 * j) % len(WEIGHT_FILLINGS)]
+            cases.append(Linear(m, n, k, FILLINGS[(i + j) % len(FILLINGS)], w, LAYOUTS[j % 4], 1, form))
+        cases += [Linear(m, 35, 2 * group + 6, "mixed", "full", form=form) for m in (7, 14)]
+        cases += [Linear(5, 35, group + 34, x, "full", form=form) for x in FILLINGS if x != "mixed"]
+        cases += [Linear(13, 34, 2 * group, x, w, form=form)
+                  for x in ("constant", "two_valued") for w in ("max", "min", "rows")]  # fmt: skip
+    # Rows and panels of every tile: activations of 8 bits per token and per group, and of 16 bits.
+    some = [form for form in GROUPED if str(form) in
+            ("w4a8_g32", "w4a8_g64+ag64", "w8a8_g64+asym", "w4a16_g64+asym:min", "w8a16")]  # fmt: skip
+    cases += [Linear(m, 33, 101, form=form) for form in some for m in (*range(0, 27), 31, 32, 47, 48, 95)]
+    cases += [
+        Linear(m, n, 100, w="full", form=form)
+        for form in some
+        for m in (1, 2, 3, 4, 6, 8, 12)
+        for n in (64, 97, 128, 161, 289)
+    ]
+    # Long rows: sums of one group to the end of what an int32 holds, and many groups.
+    for form in GROUPED:
+        if form.name in ("w4a8", "w4a8+asym", "w8a8+asym"):
+            cases += [Linear(2, 33, K_MAX, "constant", w, form=form) for w in ("max", "min", "rows")]
+        elif str(form) in ("w4a8_g128", "w8a8_g32", "w4a16_g32+asym", "w8a16", "w4a8+ag128"):
+            cases.append(Linear(3, 33, 65536 + 131, "two_valued", "rows", form=form))
+    cases += [
+        Linear(m, n, k, "normal", "normal", "dense", t, form)
+        for t in (2, 3, 8)
+        for form in some
+        for m, n, k in ((1, 1000, 1001), (5, 1536, 384), (130, 257, 300), (300, 64, 64))
+    ]
+    cases += [Linear(700, 35, 2050, "normal", "full", "dense", 2, form) for form in (some[0], some[-2])]
+    return list(dict.fromkeys(cases))
+
+
 def _rows_cases() -> list[Rows]:
     cases = [Rows(5, k, "mixed", LAYOUTS[i % 4]) for i, k in enumerate(AROUND_K)]
     cases += [Rows(7, k, x) for x in FILLINGS for k in (3, 70, 256)]
     cases += [Rows(m, 50, "normal", "both") for m in (0, 1, 2, 31, 33)]
     cases += [Rows(2, k, x) for k in (65536, K_MAX) for x in ("constant", "normal")]
+    cases += [Rows(5, k, "mixed", LAYOUTS[i % 4]) for i, k in enumerate((95, 96, 97, 161, 383, 385))]
     cases += [Rows(m, k, "mixed", "padded", t) for t in (2, 8) for m, k in ((3, 10), (64, 257), (300, 64))]
     return list(dict.fromkeys(cases))
 
 
-LINEAR = _linear_cases()
+LINEAR = [*_linear_cases(), *_grouped_cases()]
 ROWS = _rows_cases()
 # The epilogue does not depend on K: a whole tile, an edge in both directions, and a single row are enough.
 EPILOGUE = [
     Linear(1, 33, 40, "normal", "full"),
     Linear(MR, NR, KV, "mixed", "full"),
     Linear(MR + 2, NR + 3, 21, "mixed", "full", "both"),
+]
+# It has two forms, for sums without and with groups, and the latter with a scale per row or none.
+GROUPED_EPILOGUE = [
+    Linear(MR + 2, NR + 3, 69, "mixed", "full", "both", form=Format(name))
+    for name in ("w4a8_g32", "w8a8_g64+ag64", "w8a16", "w4a16_g64+asym")
 ]

@@ -20,6 +20,19 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def one_thread_of_torch():
+    """For tests of many small tensors, whose torch operations only wait for one another's threads, the longer
+    the busier the machine is. halfbyte computes on as many threads as it is told.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def isa_restored():
     """A test that forces an ISA and fails must not decide what the next one runs."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+import halfbyte as hb
 from halfbyte import _core
 
 CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int32: 3}
@@ -50,22 +51,47 @@ def place(values: torch.Tensor, layout: str = "dense") -> Placed:
     return Placed(*values.shape, values.dtype, layout).fill(values)
 
 
-def pack(codes: torch.Tensor, scale: torch.Tensor, layout: str = "dense"):
-    w = place(codes, layout)
-    return _core.pack_linear_w8a8(w.ptr, codes.shape[0], codes.shape[1], w.ld, scale.contiguous().data_ptr())
+def pack(q: hb.QuantizedTensor, layout: str = "dense", threads: int = 0):
+    """The core's pack of a weight of torch tensors, its codes placed as the layout says, the rest dense."""
+    codes = place(q.codes, layout)
+    skew = "unaligned" if layout in ("unaligned", "both") else "dense"
+    rest = {what: getattr(q, what) for what in ("group_scale", "zero", "minimum")}
+    rest = {what: place(part, skew) for what, part in rest.items() if part is not None}
+    scale = place(q.scale[None], skew)
+    return _core.pack_linear(
+        q.scheme.op,
+        codes.ptr,
+        *q.shape,
+        codes.ld,
+        scale.ptr,
+        group=q.scheme.group,
+        group_scale_type=0 if q.group_scale is None else CODE[q.group_scale.dtype],
+        nf4=q.scheme.nf4,
+        activation_group=q.scheme.activation_group,
+        threads=threads,
+        **{what: part.ptr for what, part in rest.items()},
+    )
 
 
 def unpack(packed, layout: str = "dense") -> torch.Tensor:
-    out = Placed(packed.n, packed.k, torch.int8, layout)
-    _core.unpack_linear_w8a8(packed, out.ptr, out.ld)
+    """The codes as they were packed: int8 [n, k], or bytes [n, ceil(k / 2)] of nibbles."""
+    four = packed.op.startswith("linear_w4")
+    columns, dtype = ((packed.k + 1) // 2, torch.uint8) if four else (packed.k, torch.int8)
+    out = Placed(packed.n, columns, dtype, layout)
+    _core.unpack_linear(packed, out.ptr, out.ld)
     return out.check()
 
 
-def quantize_rows(x, *, symmetric=False, static=None, layout="dense", threads=1):
-    """codes int8 [m,k], scale float32 [m], zero int32 [m], sums int32 [m] of one call of the core."""
+def quantize_rows(x, *, symmetric=False, static=None, group=0, wide=False, layout="dense", threads=1):
+    """codes int8 [m, k] (wide: int16), scale float32 [m], zero int32 [m], sums int32 [m] of one call of the
+    core; with a group, which is symmetric, scale, zero and sums are [m, groups].
+    """
     m, k = x.shape
-    a, codes = place(x, layout), Placed(m, k, torch.int8, layout)
-    scale, zero, sums = Placed(1, m, torch.float32), Placed(1, m, torch.int32), Placed(1, m, torch.int32)
+    groups = -(-k // group) if group else 1
+    symmetric = symmetric or group > 0
+    a, codes = place(x, layout), Placed(m, k, torch.int16 if wide else torch.int8, layout)
+    scale, zero = Placed(1, m * groups, torch.float32), Placed(1, m, torch.int32)
+    sums = Placed(1, m * groups, torch.int32)
     s, z = static or (0.0, 0)
     _core.quantize_rows(
         m,
@@ -81,10 +107,13 @@ def quantize_rows(x, *, symmetric=False, static=None, layout="dense", threads=1)
         symmetric,
         s,
         z,
+        group,
+        wide,
         threads,
     )
-    zeros = torch.zeros(m, dtype=torch.int32) if symmetric else zero.check()[0]
-    return codes.check(), scale.check()[0], zeros, sums.check()[0]
+    shape = (m, groups) if group else (m,)
+    zeros = torch.zeros(shape, dtype=torch.int32) if symmetric else zero.check()[0]
+    return codes.check(), scale.check().view(shape), zeros, sums.check().view(shape)
 
 
 def linear(
@@ -106,7 +135,7 @@ def linear(
     b = place(bias[None], layout) if bias is not None else None
     r = place(residual, layout) if residual is not None else None
     s, z = static or (0.0, 0)
-    _core.linear_w8a8(
+    _core.linear(
         packed,
         m,
         a.ptr,

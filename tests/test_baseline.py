@@ -32,12 +32,21 @@ def under_qemu(cpu: str, code: str, isa: str | None = None):
     return run_numpy_only(BLOCK_TORCH + code, QEMU, "-cpu", cpu, env=env)
 
 
+def all_ran_on(isa: str, line: str) -> bool:
+    """Every linear op, by what LINEAR_ON_NUMPY prints last."""
+    assert line.startswith("right on ")
+    kernels = set(line.split()[2:])
+    ops = {name.rsplit("x", 2)[0].rpartition("_")[0] for name in kernels}
+    assert ops == {"linear_w8a8", "linear_w4a8", "linear_w8a16", "linear_w4a16"}, line
+    return all(name.endswith(f"_{isa}") for name in kernels)
+
+
 def test_import_and_linear_without_avx():
     done = under_qemu("Nehalem", FEATURES + LINEAR_ON_NUMPY)
     assert done.returncode == 0, done.stderr
     features, ran = done.stdout.splitlines()
     assert features == "['scalar']"
-    assert ran.startswith("right on linear_w8a8_") and ran.endswith("_scalar")
+    assert all_ran_on("scalar", ran)
 
 
 def test_forced_avx512_without_avx512():
@@ -52,4 +61,21 @@ def test_avx2_alone():
     assert done.returncode == 0, done.stderr
     features, ran = done.stdout.splitlines()
     assert features == "['avx2', 'scalar']"
-    assert ran.endswith("_avx2")
+    assert all_ran_on("avx2", ran)
+
+
+@pytest.mark.parametrize(("cpu", "isas"), [("Nehalem", {"scalar"}), ("Haswell", {"scalar", "avx2"})])
+def test_every_op_on_such_a_cpu(cpu, isas):
+    """The self-test of the doctor: each kernel that the CPU has against the scalar one."""
+    code = """
+from halfbyte import selftest
+selftest._SHAPES = selftest._SHAPES[:3]  # the emulated CPU is slow
+for row in selftest.run():
+    print(row["op"], row["isa"], row["status"].replace(" ", "-"), row["detail"])
+"""
+    done = under_qemu(cpu, code)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split(maxsplit=3) for line in done.stdout.splitlines()]
+    for op, isa, status, detail in rows:
+        assert status == ("ok" if isa in isas else "not-run"), (op, isa, detail)
+    assert {op for op, *_ in rows} >= {"embedding", "quantize_rows", "linear_w4a8", "linear_w4a16"}

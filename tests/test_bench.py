@@ -1,6 +1,6 @@
 """`halfbyte bench`: numbers are recomputed from samples; failed peers are named; no time is asserted."""
 
-import importlib.util
+import dataclasses
 import json
 import logging
 import re
@@ -15,7 +15,7 @@ import pytest
 
 import halfbyte as hb
 from halfbyte import dispatch, extras
-from halfbyte.bench import engine, linear, machine, minilm, peers, render
+from halfbyte.bench import engine, footprint, linear, machine, peers, render
 from halfbyte.cli import main
 
 FAST = ["--rounds", "3", "--round-ms", "1"]
@@ -53,12 +53,13 @@ def numpy_layer(problem):
 # linear
 
 
-def test_linear_numbers_come_from_the_samples(capsys, tmp_path, fake_peer):
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8+ag64", "w4a8_g32", "w4a16_g64"])
+def test_linear_numbers_come_from_the_samples(capsys, tmp_path, fake_peer, scheme):
     fake_peer(numpy_layer)
     file = tmp_path / "result.json"
     status, out = bench(
         capsys, "linear", "--shape", "3x40x72,1x16x8", "--vs", "fake", *FAST, "--threads", 1,
-        "--output", file, "--format", "json",
+        "--output", file, "--format", "json", "--scheme", scheme,
     )  # fmt: skip
     result = json.loads(out)
     assert status == 0 and json.loads(file.read_text()) == result
@@ -69,24 +70,29 @@ def test_linear_numbers_come_from_the_samples(capsys, tmp_path, fake_peer):
         ours, fake = shape["rows"]
         assert (ours["name"], fake["name"]) == ("halfbyte", "fake") and shape["unavailable"] == {}
         assert shape["kernel"] in ours["note"]
-        assert ours["bytes"] == n * k + 4 * n + 4 * m * k + 4 * m * n
+        packed = hb.pack(hb.quantize(np.ones((n, k), np.float32), shape["scheme"])).nbytes
+        assert ours["bytes"] == packed + 4 * m * k + 4 * m * n
+        products = 2 if shape["scheme"] == "w4a16_g64" else 1
         for row in shape["rows"]:
             us = row["samples_us"]
             assert len(us) == 3 and row["us"] == pytest.approx(statistics.median(us))
             assert row["gops"] == pytest.approx(2 * m * n * k / row["us"] / 1e3)
             assert row["gbps"] == pytest.approx(row["bytes"] / row["us"] / 1e3)
-            if "int8 peak" in ceilings:
-                rate = [2 * m * n * k / u * 1e6 for u in us]
+            if row is fake and products == 2:
+                assert row["of_peak"] is None  # it multiplies floats
+            elif "int8 peak" in ceilings:
+                rate = [products * 2 * m * n * k / u * 1e6 for u in us]
                 assert row["of_peak"] == pytest.approx(ratios(rate, ceilings["int8 peak"]))
         assert fake["ours_is_faster_by"] == pytest.approx(ratios(fake["samples_us"], ours["samples_us"]))
         assert shape["ceilings"]["dram_read"] == pytest.approx(statistics.median(ceilings["DRAM read"]))
-        assert fake["error"] < 1e-5 < ours["error"] < 0.03
+        assert fake["error"] < 1e-5 < ours["error"] < (0.03 if scheme.startswith("w8") else 0.15)
 
 
 def test_linear_prints_what_it_measured(capsys, fake_peer, monkeypatch):
     fake_peer(numpy_layer)
     settings = linear.Settings([(2, 48, 64)], ["w8a8"], ["fake"], threads=1, rounds=2, round_seconds=1e-3)
     result = linear.run(settings)
+    assert "16-bit" not in render.render(result, "table")
     for style in ("table", "markdown"):
         text = render.render(result, style)
         for row in result["results"][0]["rows"]:
@@ -117,6 +123,43 @@ def test_a_peer_that_fails_is_named_with_its_reason(capsys, fake_peer):
         assert status == 0 and "not measured: OSError: no such accelerator" in out and "much more" not in out
 
 
+def test_a_peer_that_computes_something_else_is_not_timed(capsys, fake_peer, monkeypatch):
+    def build(problem):
+        layer = numpy_layer(problem)
+        return peers.Layer(layer.calls, lambda: layer.output() * np.float32(1.06), layer.weight_bytes, "")
+
+    fake_peer(build)
+    one = ["linear", "--shape", "2x32x64", *FAST]
+    status, out = bench(capsys, *one, "--vs", "fake")
+    assert status == 0 and "not measured: its output is off by 0.06" in out
+    fake_peer(lambda problem: numpy_layer(dataclasses.replace(problem, x=problem.x * np.nan)))
+    assert "not measured: its output is off by nan" in bench(capsys, *one, "--vs", "fake")[1]
+    monkeypatch.setattr(linear, "_ERROR_LIMITS", {8: 1e-9})
+    assert main(["bench", *one, "--vs", "none"]) == 2 and "halfbyte doctor" in capsys.readouterr().err
+
+
+def test_what_a_scheme_is_compared_with(capsys, monkeypatch):
+    built = []
+
+    def build(name, problem):
+        built.append(name)
+        raise peers.UnavailableError("not here")
+
+    monkeypatch.setattr(peers, "build", build)
+    for scheme, some, others in (
+        ("w8a8+ag64", {"torch-int8", "torchao", "openvino-static"}, {"torch-int4pack", "torch-int8pack"}),
+        ("w8a16", {"torch-int8pack"}, {"torch-int8", "torch-int4pack"}),
+        ("w4a8_g32", {"torch-int4pack"}, {"torch-int8", "torch-int8pack"}),
+        ("w4a16_g128+nf4", {"torch-int4pack"}, {"onnxruntime", "torchao"}),
+    ):
+        built.clear()
+        status, out = bench(capsys, "linear", "--shape", "1x16x128", "--scheme", scheme, *FAST)
+        assert status == 0 and out.count("not here") == len(built) and scheme in out
+        everywhere = {"torch-fp32", "torch-bf16", "onnxruntime-nbits", "openvino"}
+        assert set(built) >= some | everywhere and not set(built) & others
+        assert built == [name for name in peers.PEERS if name in built]
+
+
 def test_a_peer_that_is_not_installed_is_named(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
     monkeypatch.delitem(sys.modules, "halfbyte.bench.peers.onnxruntime_int8", raising=False)
@@ -140,8 +183,9 @@ def test_cold_rotates_through_more_than_the_cache(monkeypatch, fake_peer):
     fake_peer(numpy_layer)
     settings = linear.Settings([(1, 64, 256)], ["w8a8"], ["fake"], 1, cold=True, rounds=1, round_seconds=1e-4)
     (shape,) = linear.run(settings)["results"]
-    for row, weight_bytes in zip(shape["rows"], (64 * 256 + 4 * 64, 4 * 64 * 256), strict=True):
-        assert row["copies"] * weight_bytes > 3 * cache
+    for row in shape["rows"]:
+        weight_bytes = row["bytes"] - 4 * 256 - 4 * 64
+        assert row["copies"] * weight_bytes > 3 * cache >= (row["copies"] - 1) * weight_bytes
         assert row["read_level"] == "DRAM read"
 
 
@@ -180,24 +224,6 @@ def test_quiet_leaves_the_logging_level_as_it_was():
     assert logging.root.manager.disable == logging.NOTSET
 
 
-def test_cold_onnxruntime_sessions_share_one_pool_of_threads():
-    """A pool per session would be two threads for each of a hundred copies."""
-    code = (
-        "import os; from halfbyte.bench import linear, peers\n"
-        "p = linear.problem((3, 64, 128), linear.Settings([], [], [], threads=2))\n"
-        "p = peers.Problem(p.x, p.weight, p.bias, threads=2, cold_bytes=40 * p.weight.nbytes)\n"
-        "before = len(os.listdir('/proc/self/task'))\n"
-        "layers = [peers.build(name, p) for name in ('onnxruntime', 'onnxruntime-nbits')]\n"
-        "print(sum(len(x.calls) for x in layers), len(os.listdir('/proc/self/task')) - before)\n"
-    )
-    for module in ("onnx", "onnxruntime"):
-        pytest.importorskip(module, reason="the bench extra is not installed")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
-    sessions, threads = map(int, done.stdout.split())
-    assert sessions > 100 and threads < 10
-
-
 def test_the_suites_of_pytest_benchmark_run():
     pytest.importorskip("pytest_benchmark", reason="the bench extra is not installed")
     folder = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -234,28 +260,6 @@ def test_files_are_checked_before_measuring(capsys, tmp_path, monkeypatch, optio
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["bench", "linear", "--plot", str(tmp_path / "plot.png")]) == 2
     assert "halfbyte[bench]" in capsys.readouterr().err
-
-
-# peers that are installed
-
-
-@pytest.mark.parametrize("name", [name for name in peers.PEERS if name != "torchao"])
-def test_peers_compute_the_same_layer(name):
-    problem = linear.problem((3, 64, 128), linear.Settings([], [], [], threads=1))
-    problem = peers.Problem(
-        problem.x, problem.weight, problem.bias, threads=1, cold_bytes=3 * problem.weight.nbytes
-    )
-    exact = problem.x.astype(np.float64) @ problem.weight.T + problem.bias
-    with linear.thread_counts(1):
-        try:
-            layer = peers.build(name, problem)
-        except peers.UnavailableError as error:
-            pytest.skip(str(error))
-        assert linear.relative_error(layer.output(), exact) < 0.03
-        assert len(layer.calls) * layer.weight_bytes > problem.cold_bytes
-        for call in layer.calls:
-            call()
-    assert layer.note
 
 
 # engine
@@ -308,7 +312,7 @@ def test_overhead(capsys):
     us = {row["name"]: row["us"] for row in result["rows"]}
     for name, samples in result["samples_us"].items():
         assert us[name] == pytest.approx(statistics.median(samples))
-    assert us["kernel"] == pytest.approx(us["_core.linear_w8a8"] - us["_core.linear_w8a8, 0 rows"])
+    assert us["kernel"] == pytest.approx(us["_core.linear"] - us["_core.linear, 0 rows"])
     assert us["overhead over the kernel"] == pytest.approx(us["halfbyte"] - us["kernel"])
     assert status == 0 and "overhead over the kernel" in render.render(result, "table")
 
@@ -317,11 +321,11 @@ def test_resident_bytes_count_each_pack_once():
     torch = pytest.importorskip("torch", reason="packs of QLinear")
     model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Linear(64, 32))
     model[1].weight = model[0].weight
-    floats = minilm.resident_bytes(model)
-    assert floats == minilm.byte_count(model) == 4 * (64 * 32 + 2 * 32)
+    floats = footprint.resident_bytes(model)
+    assert floats == footprint.byte_count(model) == 4 * (64 * 32 + 2 * 32)
     hb.quantize_(model, progress=False)
-    assert minilm.byte_count(model) == 64 * 32 + 4 * 32 + 2 * 4 * 32
-    assert minilm.resident_bytes(model) == minilm.byte_count(model) + hb.pack(model[0].quantized).nbytes
+    assert footprint.byte_count(model) == 64 * 32 + 4 * 32 + 2 * 4 * 32
+    assert footprint.resident_bytes(model) == footprint.byte_count(model) + hb.pack(model[0].quantized).nbytes
 
 
 def test_model(capsys):
@@ -338,46 +342,3 @@ def test_model(capsys):
     assert 0.99 < ours["min_cosine"] <= 1.0001 and 0.99 < bf16["min_cosine"] <= 1.0001
     assert result["bytes"]["halfbyte"] < result["bytes"]["torch-fp32"]
     assert "1x8" in render.render(result, "markdown")
-
-
-# the README's tables
-
-
-@pytest.fixture(scope="module")
-def render_readme():
-    path = Path(__file__).resolve().parent.parent / "benchmarks" / "render_readme.py"
-    spec = importlib.util.spec_from_file_location("render_readme", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_readme_is_what_the_results_say(render_readme, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["render_readme.py", "--check"])
-    assert render_readme.main() == 0
-    kinds = [
-        json.loads(p.read_text())["kind"] for p in (render_readme.ROOT / "benchmarks/results").glob("*.json")
-    ]
-    assert {"linear", "model"} <= set(kinds), "benchmarks/results has no measured table for the README"
-
-
-def test_readme_table_shows_the_result(render_readme, fake_peer, monkeypatch):
-    fake_peer(numpy_layer)
-    settings = linear.Settings([(2, 48, 64)], ["w8a8"], ["fake"], threads=1, rounds=2, round_seconds=1e-3)
-    result = json.loads(json.dumps(linear.run(settings)))
-    monkeypatch.setattr(render_readme, "INT8_PEERS", render_readme.INT8_PEERS | {"fake"})
-    text = render_readme.render([result])
-    ours, fake = result["results"][0]["rows"]
-    assert "| 2x48x64 |" in text and f"**{fake['ours_is_faster_by']:.2f}x**" in text
-    assert result["machine"]["cpu"] in text
-    for shape in result["results"]:
-        shape["unavailable"] = {"fake": "gone"}
-        shape["rows"] = [ours]
-    assert "| 2x48x64 |" in render_readme.render([result])
-
-
-def test_readme_markers(render_readme):
-    block = render_readme.replace_block(f"a\n{render_readme.START}\nold\n{render_readme.END}\nb\n", "new\n")
-    assert block == f"a\n{render_readme.START}\nnew\n{render_readme.END}\nb\n"
-    with pytest.raises(ValueError, match="exactly once"):
-        render_readme.replace_block("no markers", "new")

@@ -174,6 +174,31 @@ def test_inspect(capsys, saved):
     assert "24 -> 40" in text and "per token" in text and hb.__version__ in text
 
 
+def test_inspect_schemes_and_a_tied_embedding(capsys, tmp_path):
+    torch = pytest.importorskip("torch", reason="save takes a torch model")
+    model = torch.nn.Sequential(torch.nn.Embedding(40, 64), torch.nn.Linear(64, 64), torch.nn.Linear(64, 40))
+    model[2].weight = model[0].weight
+    rules = {"1": "w4a16_g32", "2": "w8a8+ag64"}
+    hb.save(hb.quantize_(model, rules, embeddings="w8a16", progress=False), tmp_path / "model")
+    layers = {
+        row["name"]: row
+        for row in json.loads(run(capsys, "inspect", tmp_path / "model", "--json")[1])["layers"]
+    }
+    assert {name: row["kind"] for name, row in layers.items()} == {
+        "0": "embedding",
+        "1": "linear",
+        "2": "linear",
+    }
+    scales, biases = 4 * 64 + 2 * 64 * 2, 4 * 64
+    assert layers["1"]["bytes"] == 64 * 32 + scales + biases
+    both = [layers[name] for name in "02"]
+    assert sum(row["bytes"] for row in both) == 40 * 64 + 4 * 40 + 4 * 40  # codes and scales are there once
+    assert sum(row["float_bytes"] for row in both) == 4 * 40 * 64 + 4 * 40
+    text = run(capsys, "inspect", tmp_path / "model")[1]
+    for words in ("40 rows of 64", "64 -> 40", "per token and 32 features", "per token and 64 features"):
+        assert words in text
+
+
 def test_inspect_needs_no_torch(saved):
     code = (
         "import sys; sys.modules['torch'] = None; from halfbyte.cli import main; sys.exit(main(sys.argv[1:]))"

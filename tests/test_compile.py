@@ -10,8 +10,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import halfbyte as hb
 from corecall import same
-from halfbyte.reference import linear_w8a8_ref
-from halfbyte.torch_ops import linear_w8a8
+from halfbyte.reference import linear_ref
+from halfbyte.torch_ops import linear
 
 
 @pytest.fixture(autouse=True)
@@ -21,12 +21,23 @@ def fresh_dynamo():
     torch._dynamo.reset()
 
 
-def make(k=24, n=12):
-    return hb.QLinear.from_linear(nn.Linear(k, n)).eval()
+# int8 as ever; 4 bits in groups with a shorter last one; 16-bit activations with an odd k, and both offsets.
+LAYERS = [
+    ("w8a8", 24, None),
+    ("w4a8_g64", 96, None),
+    ("w4a16_g32+asym", 75, "absmax"),
+    ("w4a16_g32+asym", 64, "hqq"),
+    ("w8a8_g32+ag32", 40, None),
+]
 
 
-def operands(shape, dtype=torch.float32, grad=False, **options):
-    layer = make()
+def make(k=24, n=12, scheme="w8a8", method=None):
+    return hb.QLinear.from_linear(nn.Linear(k, n), scheme, method=method).eval()
+
+
+def operands(shape, scheme="w8a8", method=None, dtype=torch.float32, grad=False, **options):
+    """Arguments of halfbyte::linear."""
+    layer = make(shape[-1], 12, scheme, method)
     x = torch.randn(shape).to(dtype).requires_grad_(grad)
     residual = torch.randn(*shape[:-1], 12).requires_grad_(grad) if options.pop("residual", False) else None
     static = (
@@ -34,7 +45,8 @@ def operands(shape, dtype=torch.float32, grad=False, **options):
         if options.pop("static", False)
         else (None, None)
     )
-    return (x, layer.weight_codes, layer.weight_scale, layer.bias if options.pop("bias", True) else None,
+    return (x, scheme, layer.weight_codes, layer.weight_scale, layer.weight_group_scale, layer.weight_zero,
+            layer.weight_minimum, layer.bias if options.pop("bias", True) else None,
             options.pop("activation", "none"), residual, *static)  # fmt: skip
 
 
@@ -48,50 +60,88 @@ def operands(shape, dtype=torch.float32, grad=False, **options):
         {"shape": (2, 24), "activation": "gelu", "residual": True},
         {"shape": (2, 24), "static": True, "grad": True},
         {"shape": (4, 24), "dtype": torch.bfloat16, "grad": True},
+        *(
+            {"shape": (3, k), "scheme": scheme, "method": method, "grad": True}
+            for scheme, k, method in LAYERS[1:]
+        ),
+        {"shape": (2, 3, 65), "scheme": "w4a8_g64", "residual": True, "grad": True},
+        {"shape": (2, 64), "scheme": "w4a8_g64", "static": True},
     ],
     ids=str,
 )
 def test_opcheck(args):
-    torch.library.opcheck(linear_w8a8, operands(**args))
+    torch.library.opcheck(linear, operands(**args))
 
 
-def test_operator_options():
-    x, codes, scale, bias, _, residual, *static = args = operands((5, 24), residual=True, static=True)
-    want = linear_w8a8_ref(x, codes, scale, bias, residual=residual, static=tuple(t.item() for t in static))
-    same(linear_w8a8(*args), want)
-    same(linear_w8a8(x, codes, scale), linear_w8a8_ref(x, codes, scale))
+@pytest.mark.parametrize(("scheme", "k", "method"), LAYERS)
+def test_operator_options(scheme, k, method):
+    args = operands(
+        (5, k), scheme, method, residual=True, static=(static := "+ag" not in scheme and "a8" in scheme)
+    )
+    x, _, codes, scale, *rest, bias, _, residual, input_scale, input_zero = args
+    q = hb.QuantizedTensor(codes, scale, hb.Scheme.parse(scheme), k, *rest)
+    fixed = (input_scale.item(), input_zero.item()) if static else None
+    same(linear(*args), linear_ref(x, q, bias, residual=residual, static=fixed))
+    same(linear(x, scheme, codes, scale, *rest), linear_ref(x, q))
 
 
-def test_gradients_of_bias_and_residual():
-    x, codes, scale, bias, *_ = operands((2, 3, 24))
+@pytest.mark.parametrize(("scheme", "k", "method"), LAYERS)
+def test_gradients_of_x_bias_and_residual(scheme, k, method):
+    x, _, codes, scale, *rest, bias, _, residual, _, _ = operands(
+        (2, 3, k), scheme, method, residual=True, grad=True
+    )
     bias.requires_grad_()
-    residual = torch.randn(2, 3, 12, requires_grad=True)
     grad = torch.randn(2, 3, 12)
-    linear_w8a8(x, codes, scale, bias, "none", residual).backward(grad)
+    linear(x, scheme, codes, scale, *rest, bias, "none", residual).backward(grad)
     torch.testing.assert_close(bias.grad, grad.sum((0, 1)))
     same(residual.grad, grad)
+    q = hb.QuantizedTensor(codes, scale, hb.Scheme.parse(scheme), k, *rest)
+    torch.testing.assert_close(x.grad, grad @ q.dequantize())
     with pytest.raises(NotImplementedError, match="not for codes and scales"):
-        linear_w8a8(x, codes, scale.requires_grad_()).sum().backward()
+        linear(x, scheme, codes, scale.requires_grad_(), *rest).sum().backward()
 
 
 def test_changed_codes_are_packed_again():
-    x, codes, scale, *_ = operands((2, 24))
-    y = linear_w8a8(x, codes, scale)
+    x, scheme, codes, scale, *_ = operands((2, 24))
+    y = linear(x, scheme, codes, scale)
     codes.neg_()
-    same(linear_w8a8(x, codes, scale), -y)
+    same(linear(x, scheme, codes, scale), -y)
     scale.mul_(2)
-    same(linear_w8a8(x, codes, scale), -2 * y)
-    same(linear_w8a8(x, codes, scale.clone() / 2), -y)
-    y = linear_w8a8(x, codes, scale)
+    same(linear(x, scheme, codes, scale), -2 * y)
+    same(linear(x, scheme, codes, scale.clone() / 2), -y)
+    y = linear(x, scheme, codes, scale)
     codes.data = -codes.data  # the same tensor, of the same version
-    same(linear_w8a8(x, codes, scale), -y)
+    same(linear(x, scheme, codes, scale), -y)
     scale.data = scale.data * 2
-    same(linear_w8a8(x, codes, scale), -2 * y)
+    same(linear(x, scheme, codes, scale), -2 * y)
     # Memory that is freed and used again must not bring an old pack back.
     for _ in range(20):
         q = hb.quantize(torch.randn(12, 24))
-        same(linear_w8a8(x, q.codes, q.scale), linear_w8a8_ref(x, q.codes, q.scale))
+        same(linear(x, scheme, q.codes, q.scale), linear_ref(x, q))
         del q
+
+
+@pytest.mark.parametrize("part", ["group_scale", "zero", "minimum"])
+def test_changed_groups_are_packed_again(part):
+    method = "hqq" if part == "minimum" else "absmax"
+    x, scheme, *weight = operands((2, 64), "w4a16_g32+asym", method)[:7]
+    at = 2 + ("group_scale", "zero", "minimum").index(part)
+
+    def want():
+        codes, scale, *rest = weight
+        return linear_ref(x, hb.QuantizedTensor(codes, scale, hb.Scheme.parse(scheme), 64, *rest))
+
+    def less(t):
+        return t // 2 if part == "zero" else t / 2
+
+    answers = [linear(x, scheme, *weight)]
+    for change in (lambda t: t.copy_(less(t)), lambda t: setattr(t, "data", less(t.data))):
+        change(weight[at])
+        answers.append(linear(x, scheme, *weight))
+        same(answers[-1], want())
+        assert not torch.equal(answers[-1], answers[-2])
+    weight[at] = less(weight[at])
+    same(linear(x, scheme, *weight), want())
 
 
 class Net(nn.Module):
@@ -103,12 +153,17 @@ class Net(nn.Module):
         return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
 
 
+SCHEMES = ["w8a8", "w4a8_g64", "w4a16_g32+asym", {"up": "w4a8_g64", "down": "w8a16_g32"}]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
-def test_compile_without_graph_breaks(backend):
-    model = hb.quantize_(Net()).eval()
-    with hb.calibrate(model):
-        model(torch.randn(64, 24))
-    hb.decalibrate_(model.up)
+def test_compile_without_graph_breaks(backend, scheme):
+    model = hb.quantize_(Net(), scheme).eval()
+    if model.down.scheme.per_token:
+        with hb.calibrate(model):
+            model(torch.randn(64, 24))
+        hb.decalibrate_(model.up)
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     for shape in ((5, 24), (7, 24), (2, 3, 24)):
         x = torch.randn(shape)
@@ -118,12 +173,13 @@ def test_compile_without_graph_breaks(backend):
         torch.testing.assert_close(y, exact, rtol=0, atol=0.03 if backend == "inductor" else 0)
 
 
-def test_compile_sees_changed_buffers():
-    layer, x = make(), torch.randn(3, 24)
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8_g64"])
+def test_compile_sees_changed_buffers(scheme):
+    layer, x = make(scheme=scheme), torch.randn(3, 24)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         same(compiled(x), layer(x))
-        layer.load_state_dict(make().state_dict())
+        layer.load_state_dict(make(scheme=scheme).state_dict())
         same(compiled(x), layer(x))
         layer.static = (0.02, 3)
         same(compiled(x), layer(x))
@@ -144,27 +200,30 @@ def test_compiled_training_has_the_gradient_of_eager():
     torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-4)
 
 
-def test_compile_with_dynamic_batch():
-    layer = make()
+@pytest.mark.parametrize(("scheme", "k", "method"), LAYERS)
+def test_compile_with_dynamic_batch(scheme, k, method):
+    layer = make(k, 12, scheme, method)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
     with torch.no_grad():
         for m in (2, 3, 17):
-            x = torch.randn(m, 24)
+            x = torch.randn(m, k)
             same(compiled(x), layer(x))
 
 
-def test_export():
-    layer, x = make(), torch.randn(3, 24)
+@pytest.mark.parametrize(("scheme", "k", "method"), LAYERS)
+def test_export(scheme, k, method):
+    layer, x = make(k, 12, scheme, method), torch.randn(3, k)
     program = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim("m", min=1)},))
-    assert any(node.target is linear_w8a8 for node in program.graph.nodes)
-    x = torch.randn(7, 24)
+    assert any(node.target is linear for node in program.graph.nodes)
+    x = torch.randn(7, k)
     with torch.no_grad():
         same(program.module()(x), layer(x))
 
 
+@pytest.mark.parametrize(("scheme", "k", "method"), LAYERS)
 @pytest.mark.parametrize("packed", [False, True])
-def test_tracers_record_the_operator(packed):
-    layer, x, other = make(), torch.randn(3, 24), torch.randn(3, 24)
+def test_tracers_record_the_operator(packed, scheme, k, method):
+    layer, x, other = make(k, 12, scheme, method), torch.randn(3, k), torch.randn(3, k)
     with torch.no_grad():
         if packed:
             layer(x)

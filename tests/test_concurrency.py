@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 import os
 import threading
@@ -15,6 +16,12 @@ import halfbyte as hb
 from corecall import same
 
 THREADS = 8
+SCHEMES = ["w8a8", "w4a8_g64", "w4a16_g32+asym"]
+schemes = pytest.mark.parametrize("scheme", SCHEMES)
+
+
+def make(k, n, scheme="w8a8"):
+    return hb.QLinear.from_linear(nn.Linear(k, n), scheme, method="absmax").eval()
 
 
 def run_threads(work):
@@ -38,9 +45,10 @@ def run_threads(work):
         raise errors[0]
 
 
+@schemes
 @pytest.mark.parametrize("shape", [(1, 64), (37, 200), (160, 500)])
-def test_threads_on_one_module(shape):
-    layer = hb.QLinear.from_linear(nn.Linear(shape[1], 333)).eval()
+def test_threads_on_one_module(shape, scheme):
+    layer = make(shape[1], 333, scheme)
     inputs = [torch.randn(shape) for _ in range(THREADS)]
     alone = hb.QLinear(layer.quantized, layer.bias)
     want = [alone(x) for x in inputs]
@@ -53,20 +61,22 @@ def test_threads_on_one_module(shape):
     run_threads(work)
 
 
-def test_threads_pack_once(monkeypatch):
+@schemes
+def test_threads_pack_once(monkeypatch, scheme):
     from halfbyte import torch_ops
 
     packed = []
     monkeypatch.setattr(torch_ops, "pack", lambda q, pack=hb.pack: (packed.append(q), pack(q))[1])
-    layer, x = hb.QLinear.from_linear(nn.Linear(300, 400)).eval(), torch.randn(4, 300)
+    layer, x = make(300, 400, scheme), torch.randn(4, 300)
     run_threads(lambda i: layer(x))
     assert len(packed) == 1
 
 
-def test_threads_with_different_isas_and_thread_counts():
-    layer, x = hb.QLinear.from_linear(nn.Linear(130, 90)).eval(), torch.randn(50, 130)
+@schemes
+def test_threads_with_different_isas_and_thread_counts(scheme):
+    layer, x = make(130, 90, scheme), torch.randn(50, 130)
     want = layer(x)
-    isas = [row["isa"] for row in hb.kernels("linear_w8a8") if row["supported"]]
+    isas = [row["isa"] for row in hb.kernels(layer.scheme.op) if row["supported"]]
 
     def work(i):
         with hb.force_isa(isas[i % len(isas)]):
@@ -77,11 +87,12 @@ def test_threads_with_different_isas_and_thread_counts():
     run_threads(work)
 
 
-def test_threads_of_numpy_calls():
+@schemes
+def test_threads_of_numpy_calls(scheme):
     import numpy as np
 
     w, x = np.random.randn(200, 100).astype(np.float32), np.random.randn(64, 100).astype(np.float32)
-    packed = hb.pack(hb.quantize(w))
+    packed = hb.pack(hb.quantize(w, scheme, method="absmax"))
     want = hb.linear(x, packed)
 
     def work(i):
@@ -91,9 +102,10 @@ def test_threads_of_numpy_calls():
     run_threads(work)
 
 
-def test_threads_between_torch_ops():
+@pytest.mark.parametrize("scheme", [*SCHEMES, {"0": "w4a8_g64", "3": "w8a16"}], ids=str)
+def test_threads_between_torch_ops(scheme):
     model = hb.quantize_(
-        nn.Sequential(nn.Linear(96, 192), nn.GELU(), nn.LayerNorm(192), nn.Linear(192, 96))
+        nn.Sequential(nn.Linear(96, 192), nn.GELU(), nn.LayerNorm(192), nn.Linear(192, 96)), scheme
     ).eval()
     x = torch.randn(40, 96)
     with torch.no_grad():
@@ -120,9 +132,7 @@ def fork_and_compute(x, layer, want):
     """The verdict of a child forked while this process has threads of torch and of halfbyte."""
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
-    fresh = hb.QLinear(
-        hb.QuantizedTensor(layer.weight_codes.clone(), layer.weight_scale.clone(), layer.scheme), layer.bias
-    )
+    fresh = copy.deepcopy(layer)  # without a pack
     child = context.Process(target=_child, args=(layer, fresh, x, want.numpy().tobytes(), queue), daemon=True)
     child.start()
     try:
@@ -136,33 +146,35 @@ def fork_and_compute(x, layer, want):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@schemes
 @pytest.mark.parametrize("m", [1, 200])
-def test_fork(m):
+def test_fork(m, scheme):
     torch.randn(300, 300) @ torch.randn(300, 300)
-    layer, x = hb.QLinear.from_linear(nn.Linear(512, 512)).eval(), torch.randn(m, 512)
+    layer, x = make(512, 512, scheme), torch.randn(m, 512)
     want = layer(x)
-    for _ in range(3):
+    for _ in range(2):
         assert fork_and_compute(x, layer, want) == "right"
     same(layer(x), want)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_fork_while_other_threads_compute():
-    layer, x = hb.QLinear.from_linear(nn.Linear(512, 512)).eval(), torch.randn(100, 512)
+@schemes
+def test_fork_while_other_threads_compute(scheme):
+    layer, x = make(512, 512, scheme), torch.randn(100, 512)
     want, stop = layer(x), threading.Event()
-    other = hb.QLinear.from_linear(nn.Linear(512, 512)).eval()
+    other = make(512, 512, scheme)
 
     def busy():
         while not stop.is_set():
-            other.weight_codes.neg_()  # packs each time, so that the fork finds the lock held
+            other.weight_codes.bitwise_not_()  # packs each time, so that the fork finds the lock held
             other(x)
 
     threads = [threading.Thread(target=busy, daemon=True) for _ in range(2)]
     for thread in threads:
         thread.start()
     try:
-        for _ in range(5):
+        for _ in range(3):
             assert fork_and_compute(x, layer, want) == "right"
     finally:
         stop.set()

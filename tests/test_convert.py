@@ -10,7 +10,7 @@ from torch import nn
 
 import halfbyte as hb
 from corecall import same
-from halfbyte.reference import linear_w8a8_ref
+from halfbyte.reference import linear_ref
 from models import TOKENS, Model, assert_untouched, quantized, report, snapshot, tied
 
 
@@ -25,7 +25,7 @@ def test_all_linear_layers():
         assert torch.equal(new.weight_codes, q.codes) and torch.equal(new.weight_scale, q.scale)
         assert (new.bias is None) == (old.bias is None) and not new.training
         x = torch.randn(2, new.in_features)
-        same(new(x), linear_w8a8_ref(x, q.codes, q.scale, old.bias))
+        same(new(x), linear_ref(x, q, old.bias))
     y, exact = model(TOKENS), twin(TOKENS)
     assert nn.functional.cosine_similarity(y.flatten(), exact.flatten(), dim=0) > 0.999
     rows = {row["name"]: row for row in model._halfbyte_report}
@@ -35,6 +35,63 @@ def test_all_linear_layers():
         "action": "quantized",
         "reason": "",
     }
+
+
+MIXED = {"*.up": "w4a8_g128", "*.0.down": "w4a16_g32+asym", "head": None, "_default": "w8a8"}
+
+
+@pytest.mark.parametrize("method", [None, "mse"])
+def test_a_scheme_for_each_layer(method):
+    model = Model().eval()
+    twin = copy.deepcopy(model)
+    hb.quantize_(model, MIXED, method=method)
+    schemes = {name: str(model.get_submodule(name).scheme) for name in quantized(model)}
+    assert schemes == {
+        **{f"blocks.{i}.up": "w4a8_g128" for i in range(3)},
+        "blocks.0.down": "w4a16_g32+asym",
+        **{f"blocks.{i}.down": "w8a8" for i in (1, 2)},
+    }
+    for name, scheme in schemes.items():
+        layer, old = model.get_submodule(name), twin.get_submodule(name)
+        q, x = hb.quantize(old.weight, scheme, method=method), torch.randn(2, old.in_features)
+        same(layer.weight_codes, q.codes)
+        same(layer(x), linear_ref(x, q, old.bias))
+    y, exact = model(TOKENS), twin(TOKENS)
+    assert nn.functional.cosine_similarity(y.flatten(), exact.flatten(), dim=0) > 0.99
+
+
+@pytest.mark.parametrize(
+    ("method", "scheme", "parts"),
+    [
+        ("absmax", "w4a8_g32", {"weight_group_scale"}),
+        ("mse", "w4a16_g32+asym", {"weight_group_scale", "weight_zero"}),
+        ("hqq", "w4a16_g32+asym", {"weight_group_scale", "weight_minimum"}),
+        ("mse", "w4a8", set()),
+    ],
+)
+def test_method_says_how_codes_are_found(method, scheme, parts):
+    model = Model(1).eval()
+    weight = model.head.weight.detach().clone()
+    hb.quantize_(model, scheme, method=method)
+    q = hb.quantize(weight, scheme, method=method)
+    assert {name for name in model.head.state_dict()} == {"weight_codes", "weight_scale", "bias"} | parts
+    same(model.head.quantized.dequantize(), q.dequantize())
+
+
+@pytest.mark.parametrize(
+    ("scheme", "method", "says"),
+    [
+        ("w8a8", "hqq", "w8a8 has no place for"),
+        ("w4a8_g32", "hqq", "w4a8_g32 has no place for"),
+        ("w4a8_g32", "gptq", "no method is called 'gptq'"),
+    ],
+)
+def test_a_method_that_does_not_fit_changes_nothing(scheme, method, says):
+    model = Model(1)
+    before = snapshot(model)
+    with pytest.raises(hb.SchemeError, match=says):
+        hb.quantize_(model, scheme, method=method)
+    assert_untouched(model, before)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -146,7 +203,7 @@ def test_tied_linears_share_their_codes():
     assert model[0].weight_codes is not model[3].weight_codes
     x = torch.randn(2, 4)
     for layer in (model[0], model[2]):
-        same(layer(x), linear_w8a8_ref(x, layer.weight_codes, layer.weight_scale, layer.bias))
+        same(layer(x), linear_ref(x, layer.quantized, layer.bias))
     assert model[0]._prepare() is model[2]._prepare()
 
 
@@ -182,7 +239,7 @@ def test_conv1d_of_transformers():
     assert quantized(model) == {"0", "2"} and (model[0].in_features, model[0].out_features) == (16, 24)
     q, x = hb.quantize(twin[0].weight.t()), torch.randn(5, 16)
     assert model._halfbyte_report[0]["shape"] == (24, 16)
-    same(model[0](x), linear_w8a8_ref(x, q.codes, q.scale, twin[0].bias))
+    same(model[0](x), linear_ref(x, q, twin[0].bias))
     assert (model(x) - twin(x)).abs().max() < 0.02
 
 

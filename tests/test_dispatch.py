@@ -25,25 +25,31 @@ MACHINES = {
     "Zen 5": ["scalar", "avx2", "avx_vnni", "avx512", "avx512_vnni"],
     "Sapphire Rapids": ["scalar", "avx2", "avx_vnni", "avx512", "avx512_vnni", "amx_int8"],
 }
+PRODUCTS = {
+    "any x86-64": "scalar",
+    "Haswell, Zen 1-3": "avx2",
+    "Alder Lake": "avx_vnni",
+    "Skylake-X": "avx2",
+    "Ice Lake, Zen 4": "avx512_vnni",
+    "Zen 5": "avx512_vnni",
+    "Sapphire Rapids": "amx_int8",
+}
+CONVERSIONS = {
+    "any x86-64": "scalar",
+    "Haswell, Zen 1-3": "avx2",
+    "Alder Lake": "avx2",
+    "Skylake-X": "avx512",
+    "Ice Lake, Zen 4": "avx512",
+    "Zen 5": "avx512",
+    "Sapphire Rapids": "avx512",
+}
 GOLDEN = {
-    "linear_w8a8": {
-        "any x86-64": "scalar",
-        "Haswell, Zen 1-3": "avx2",
-        "Alder Lake": "avx_vnni",
-        "Skylake-X": "avx2",
-        "Ice Lake, Zen 4": "avx512_vnni",
-        "Zen 5": "avx512_vnni",
-        "Sapphire Rapids": "amx_int8",
-    },
-    "quantize_rows": {
-        "any x86-64": "scalar",
-        "Haswell, Zen 1-3": "avx2",
-        "Alder Lake": "avx2",
-        "Skylake-X": "avx512",
-        "Ice Lake, Zen 4": "avx512",
-        "Zen 5": "avx512",
-        "Sapphire Rapids": "avx512",
-    },
+    "linear_w8a8": PRODUCTS,
+    "linear_w4a8": PRODUCTS,
+    "linear_w8a16": PRODUCTS,
+    "linear_w4a16": PRODUCTS,
+    "quantize_rows": CONVERSIONS,
+    "embedding": CONVERSIONS,
 }
 
 
@@ -88,12 +94,13 @@ def test_select_rejects_what_it_does_not_know():
         _core.select("linear_w8a8", ["scalar", "avx1024"])
 
 
-def test_forced_isa_ran():
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8_g64", "w8a16", "w4a16_g32"])
+def test_forced_isa_ran(scheme):
     rng = np.random.default_rng(0)
-    packed = hb.pack(hb.quantize(rng.standard_normal((40, 70), np.float32)))
+    packed = hb.pack(hb.quantize(rng.standard_normal((40, 70), np.float32), scheme))
     x = rng.standard_normal((5, 70), np.float32)
     answers = []
-    for row in (r for r in _core.kernels() if r["op"] == "linear_w8a8" and r["supported"]):
+    for row in (r for r in _core.kernels() if r["op"] == packed.scheme.op and r["supported"]):
         with hb.force_isa(row["isa"]):
             assert packed.kernel == row["name"]
             answers.append(hb.linear(x, packed))
@@ -189,7 +196,8 @@ from halfbyte import *
 from halfbyte import _core
 w = np.ones((3, 4), np.float32)
 codes, scale = w.astype(np.int8), w[:, 0].copy()
-packed = PackedWeight(_core.pack_linear_w8a8(codes.ctypes.data, 3, 4, 4, scale.ctypes.data), Scheme(8, 8))
+core = _core.pack_linear("linear_w8a8", codes.ctypes.data, 3, 4, 4, scale.ctypes.data)
+packed = PackedWeight(core, Scheme(8, 8))
 try:
     {USES[use]}
 except IsaError as error:

@@ -15,9 +15,13 @@ import torch
 
 import cases
 import halfbyte as hb
+from corecall import quantize_rows as core_quantize_rows
 from corecall import same
-from halfbyte.reference import linear_w8a8_ref, quantize_rows_ref
+from halfbyte.reference import linear_ref, quantize_rows_ref
+from halfbyte.scheme import NAMES
+from weights import FILLINGS, Format, fill_weight
 
+pytestmark = pytest.mark.usefixtures("one_thread_of_torch")
 SEED = int(os.environ.get("HALFBYTE_FUZZ_SEED", "0"))
 CALLS = int(os.environ.get("HALFBYTE_FUZZ_CALLS", "10000"))
 PARTS = 8
@@ -42,20 +46,20 @@ def size(rng: np.random.Generator, largest: int) -> int:
 def strided(rng: np.random.Generator, values: torch.Tensor) -> torch.Tensor:
     """The same values as a view of larger memory: row or column steps, transposed, shifted, shared rows."""
     m, k = values.shape
-    pick = rng.integers(6)
+    pick, blank = rng.integers(6), torch.nan if values.is_floating_point() else 99
     if pick == 0:
         return values
     if pick == 1:
-        base = torch.full((m, k + 9), torch.nan, dtype=values.dtype)
+        base = torch.full((m, k + 9), blank, dtype=values.dtype)
         view = base[:, 3 : 3 + k]
     elif pick == 2:
-        view = torch.full((k, m), torch.nan, dtype=values.dtype).t()
+        view = torch.full((k, m), blank, dtype=values.dtype).t()
     elif pick == 3:
-        view = torch.full((m, 2 * k), torch.nan, dtype=values.dtype)[:, ::2]
+        view = torch.full((m, 2 * k), blank, dtype=values.dtype)[:, ::2]
     elif pick == 4:
-        view = torch.full((3 * m, k), torch.nan, dtype=values.dtype)[1::3]
+        view = torch.full((3 * m, k), blank, dtype=values.dtype)[1::3]
     else:
-        view = torch.full((m * k + 1,), torch.nan, dtype=values.dtype)[1:].view(m, k)
+        view = torch.full((m * k + 1,), blank, dtype=values.dtype)[1:].view(m, k)
     return view.copy_(values) if view.numel() else view
 
 
@@ -74,15 +78,35 @@ def strided_numpy(rng: np.random.Generator, values: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(np.pad(values, ((0, 2), (1, 3))))[: len(values), 1 : 1 + values.shape[1]]
 
 
+def scheme_of(rng: np.random.Generator) -> str:
+    """w8a8 as often as all the others."""
+    return str(rng.choice(NAMES)) if rng.random() < 0.5 else "w8a8"
+
+
+def activations(rng: np.random.Generator, scheme: str, m: int, k: int) -> torch.Tensor:
+    case = cases.Linear(m, 1, k, str(rng.choice(KINDS)), form=Format(scheme))
+    return torch.from_numpy(case.fill_x(rng))
+
+
+def method_of(rng: np.random.Generator, scheme: str) -> str | None:
+    """absmax mostly: the others take longer, and are of test_search.py."""
+    offsets = "+asym" in scheme and "_g" in scheme
+    return str(rng.choice(("absmax", "absmax", "mse", "hqq" if offsets else "absmax")))
+
+
 def one_linear(rng: np.random.Generator) -> None:
     m, n, k = size(rng, 40), max(size(rng, 110), 1), max(size(rng, 200), 1)
-    x = torch.from_numpy(cases.fill_rows(rng.choice(KINDS), m, k, rng))
+    scheme = scheme_of(rng)
+    method = method_of(rng, scheme)
+    x = activations(rng, scheme, m, k)
     w = torch.from_numpy(
         cases.fill_rows(rng.choice(("normal", "constant", "zeros", "outlier", "ties")), n, k, rng)
     )
     bias = torch.from_numpy(rng.standard_normal(n, np.float32)) if rng.random() < 0.5 else None
     residual = torch.from_numpy(rng.standard_normal((m, n), np.float32)) if rng.random() < 0.3 else None
     static = cases.STATIC[rng.integers(4)] if rng.random() < 0.3 else None
+    if not hb.Scheme.parse(scheme).per_token:
+        static = None
     activation = str(rng.choice(("none", "relu")))
     isa = rng.choice([name for name, here in hb.cpu_features().items() if here])
     if rng.random() < 0.5:
@@ -91,10 +115,8 @@ def one_linear(rng: np.random.Generator) -> None:
         if not w.isfinite().all():
             return
         residual = None if residual is None else residual.to(res)
-        q = hb.quantize(strided(rng, w))
-        want = linear_w8a8_ref(
-            x, q.codes, q.scale, bias, activation=activation, residual=residual, out_dtype=out, static=static
-        )
+        q = hb.quantize(strided(rng, w), scheme, method=method)
+        want = linear_ref(x, q, bias, activation=activation, residual=residual, out_dtype=out, static=static)
         with hb.force_isa(str(isa)):
             got = hb.linear(
                 strided(rng, x),
@@ -106,9 +128,11 @@ def one_linear(rng: np.random.Generator) -> None:
                 residual=None if residual is None else strided(rng, residual),
             )
     else:
-        q = hb.quantize(strided_numpy(rng, w.numpy()))
-        codes, scale = torch.from_numpy(np.ascontiguousarray(q.codes)), torch.from_numpy(q.scale)
-        want = linear_w8a8_ref(x, codes, scale, bias, activation=activation, residual=residual, static=static)
+        q = hb.quantize(strided_numpy(rng, w.numpy()), scheme, method=method)
+        parts = {what: getattr(q, what) for what in ("codes", "scale", "group_scale", "zero", "minimum")}
+        parts = {what: torch.from_numpy(part) for what, part in parts.items() if part is not None}
+        twin = hb.QuantizedTensor(**parts, scheme=q.scheme, k=k)
+        want = linear_ref(x, twin, bias, activation=activation, residual=residual, static=static)
         with hb.force_isa(str(isa)):
             got = hb.linear(
                 strided_numpy(rng, x.numpy()),
@@ -119,7 +143,24 @@ def one_linear(rng: np.random.Generator) -> None:
                 residual=None if residual is None else strided_numpy(rng, residual.numpy()),
             )
         got = torch.from_numpy(got)
-    same(got, want, f"{m}x{n}x{k} {isa} {activation}")
+    same(got, want, f"{m}x{n}x{k} {scheme} {method} {isa} {activation}")
+
+
+def one_format(rng: np.random.Generator) -> None:
+    """Codes, zero points, scales and minima that quantize() never gives, as views of larger memory."""
+    m, n, k = size(rng, 40), max(size(rng, 110), 1), max(size(rng, 300), 1)
+    form = Format(str(rng.choice(NAMES)), bool(rng.integers(2)), str(rng.choice(("float16", "float32"))))
+    form = Format(form.name, form.minimum and form.scheme.group > 0, form.floats)
+    dense = fill_weight(form, str(rng.choice(FILLINGS)), n, k, rng)
+    parts = {what: getattr(dense, what) for what in ("codes", "group_scale", "zero", "minimum")}
+    parts = {what: strided(rng, part) for what, part in parts.items() if part is not None}
+    q = hb.QuantizedTensor(**parts, scale=dense.scale, scheme=form.scheme, k=k)
+    x, out = activations(rng, form.name, m, k).to(TORCH[rng.integers(3)]), TORCH[rng.integers(3)]
+    isa = str(rng.choice([name for name, here in hb.cpu_features().items() if here]))
+    with hb.force_isa(isa):
+        got = hb.linear(strided(rng, x), hb.pack(q), out_dtype=out)
+    same(got, linear_ref(x, dense, out_dtype=out), f"{m}x{n}x{k} {form} {isa}")
+    same(q.dequantize(), dense.dequantize(), f"{form} dequantized")
 
 
 def one_layer(rng: np.random.Generator) -> None:
@@ -127,26 +168,25 @@ def one_layer(rng: np.random.Generator) -> None:
     lead = tuple(int(rng.integers(0, 6)) for _ in range(rng.integers(0, 4)))
     n, k = max(size(rng, 110), 1), max(size(rng, 200), 1)
     linear = torch.nn.Linear(k, n, bias=bool(rng.integers(2)))
-    layer = hb.QLinear.from_linear(linear)
+    scheme = scheme_of(rng)
+    layer = hb.QLinear.from_linear(linear, scheme, method=method_of(rng, scheme))
     layer.activation = str(rng.choice(("none", "relu")))
-    layer.static = static = cases.STATIC[rng.integers(4)] if rng.random() < 0.3 else None
+    static = cases.STATIC[rng.integers(4)] if rng.random() < 0.3 and layer.scheme.per_token else None
+    layer.static = static
     rows = int(np.prod(lead))
     dtype = TORCH[rng.integers(0, 3)]
     for _ in range(2):  # the first call packs
-        x = torch.from_numpy(cases.fill_rows(rng.choice(KINDS), rows, k, rng)).to(dtype)
+        x = activations(rng, scheme, rows, k).to(dtype)
         view = strided(rng, x).reshape(*lead, k)
         if len(lead) > 1 and rng.random() < 0.5:
             view = view.transpose(0, 1)
-        want = linear_w8a8_ref(
-            view.reshape(-1, k),
-            layer.weight_codes,
-            layer.weight_scale,
-            layer.bias,
-            activation=layer.activation,
-            static=static,
+        want = linear_ref(
+            view.reshape(-1, k), layer.quantized, layer.bias, activation=layer.activation, static=static
         )
         with torch.no_grad():
-            same(layer(view), want.reshape(*view.shape[:-1], n), f"QLinear {tuple(view.shape)} -> {n}")
+            same(
+                layer(view), want.reshape(*view.shape[:-1], n), f"QLinear {scheme} {tuple(view.shape)} -> {n}"
+            )
 
 
 def one_rows(rng: np.random.Generator) -> None:
@@ -164,6 +204,11 @@ def one_rows(rng: np.random.Generator) -> None:
         parts = [got.codes, got.scale, got.zero, got.sums]
     for name, g, w in zip(("codes", "scale", "zero", "sums"), parts, want, strict=True):
         same(g, w, f"{name} {m}x{k} {options}")
+    group, wide = int(rng.choice((32, 64, 128))), bool(rng.integers(2))
+    want = quantize_rows_ref(x, group=group, wide=wide)
+    got = core_quantize_rows(x, group=group, wide=wide, layout=str(rng.choice(cases.LAYOUTS)))
+    for name, g, w in zip(("codes", "scale", "zero", "sums"), got, want, strict=True):
+        same(g, w, f"{name} {m}x{k} group={group} wide={wide}")
 
 
 def one_weight(rng: np.random.Generator) -> None:
@@ -185,9 +230,37 @@ def one_mistake(rng: np.random.Generator) -> None:
     """A call with one argument wrong: always a TypeError or ValueError with a message."""
     n, k, m = int(rng.integers(1, 40)), int(rng.integers(2, 60)), int(rng.integers(1, 9))
     w, x = torch.randn(n, k), torch.randn(m, k)
-    q = hb.quantize(w)
-    p = hb.pack(q)
+    q, grouped = hb.quantize(w), hb.quantize(w, "w4a16_g32+asym", method="absmax")
+    p, p4 = hb.pack(q), hb.pack(grouped)
+    parts = {what: getattr(grouped, what) for what in ("codes", "scale", "group_scale", "zero")}
+
+    def altered(**change):
+        return hb.pack(hb.QuantizedTensor(**parts | change, scheme=grouped.scheme, k=k))
+
     mistakes = (
+        lambda: hb.linear(x[:, 1:], p4),
+        lambda: hb.linear(x, p4, static=(0.1, 0)),
+        lambda: hb.linear(x, p4, out_dtype=torch.int32),
+        lambda: hb.quantize(w, "w4a8_g32", method="hqq"),
+        lambda: hb.quantize(w, "w4a8_g32", method="best"),
+        lambda: hb.quantize(w, "w4a16+nf4"),
+        lambda: hb.quantize(w[:0], "w4a8"),
+        lambda: hb.quantize(torch.full_like(w, torch.nan), "w4a8_g32"),
+        lambda: altered(codes=grouped.codes.to(torch.int8)),
+        lambda: altered(codes=grouped.codes[:, :-1]),
+        lambda: altered(scale=-grouped.scale),
+        lambda: altered(scale=grouped.scale[1:]),
+        lambda: altered(group_scale=None),
+        lambda: altered(group_scale=grouped.group_scale * 0),
+        lambda: altered(group_scale=grouped.group_scale * torch.inf),
+        lambda: altered(group_scale=grouped.group_scale.bfloat16()),
+        lambda: altered(group_scale=grouped.group_scale[:, :0]),
+        lambda: altered(zero=None),
+        lambda: altered(zero=grouped.zero + 16),
+        lambda: altered(zero=grouped.zero.int()),
+        lambda: altered(minimum=grouped.group_scale),
+        lambda: altered(zero=None, minimum=grouped.group_scale.float()),
+        lambda: altered(zero=None, minimum=grouped.group_scale * torch.nan),
         lambda: hb.linear(x[:, 1:], p),
         lambda: hb.linear(x.double(), p),
         lambda: hb.linear(x.int(), p),
@@ -233,21 +306,27 @@ def one_mistake(rng: np.random.Generator) -> None:
 
 @pytest.mark.parametrize("part", range(PARTS))
 def test_fuzzed_calls(part):
-    works = (one_linear, one_linear, one_linear, one_layer, one_layer, one_rows, one_weight, one_mistake)
+    works = (one_linear, one_linear, one_format, one_layer, one_layer, one_rows, one_weight, one_mistake)
     for i in range(part, CALLS, PARTS):
         seed = SEED + i
         work = works[seed // PARTS % len(works)]
+        hb.set_num_threads(1 + seed // (PARTS * len(works)) % 3)
         try:
             work(np.random.default_rng(seed))
         except Exception as error:
             raise AssertionError(
                 f"{work.__name__} with seed {seed}: {type(error).__name__}: {error}"
             ) from error
+        finally:
+            hb.set_num_threads(0)
 
 
 def small_model() -> torch.nn.Module:
     torch.manual_seed(11)
     return torch.nn.Sequential(torch.nn.Linear(7, 9), torch.nn.ReLU(), torch.nn.Linear(9, 3, bias=False))
+
+
+SAVED = ("w8a8", {"0": "w4a16_g32+asym", "2": "w4a8_g32"})
 
 
 def damage(rng: np.random.Generator, data: bytes) -> bytes:
@@ -281,7 +360,7 @@ def same_state(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 @pytest.mark.parametrize("part", range(2))
 def test_damaged_files(part, tmp_path):
     saved = tmp_path / "saved"
-    hb.save(hb.quantize_(small_model(), "w8a8", progress=False), saved)
+    hb.save(hb.quantize_(small_model(), SAVED[part], progress=False), saved)
     files = sorted(path.name for path in saved.iterdir())
     want, target, fresh = state(hb.load(small_model(), saved)), small_model(), state(small_model())
     refused = 0

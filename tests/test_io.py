@@ -80,8 +80,9 @@ def test_what_is_on_disk(saved):
     model, out = saved
     text = json.loads((out / "halfbyte.json").read_bytes())
     assert set(files(out)) == {"halfbyte.json", text["weights"]["file"]}
-    assert (text["format"], text["version"], text["halfbyte_version"]) == ("halfbyte", 1, hb.__version__)
+    assert (text["format"], text["version"], text["halfbyte_version"]) == ("halfbyte", 2, hb.__version__)
     assert text["layers"]["three"] == {
+        "kind": "linear",
         "scheme": "w8a8",
         "in": 8,
         "out": 8,
@@ -242,10 +243,25 @@ def edit(out, change):
     path.write_text(json.dumps(text))
 
 
+def test_version_1_is_read(saved):
+    """It knew layers of one kind, and did not name it."""
+
+    def old(text):
+        text["version"] = 1
+        for layer in text["layers"].values():
+            del layer["kind"]
+
+    model, out = saved
+    edit(out, old)
+    assert same_state(state(hb.load(Net(), out)), state(model))
+
+
 EDITS = {
+    "no kind": (lambda t: t["layers"]["one"].pop("kind"), "lacks 'kind'"),
+    "other kind": (lambda t: t["layers"]["one"].update(kind="conv"), "the kind 'conv'"),
     "newer version": (
-        lambda t: t.update(version=2, halfbyte_version="7.1"),
-        "version 2, written by halfbyte 7.1.*upgrade",
+        lambda t: t.update(version=3, halfbyte_version="7.1"),
+        "version 3, written by halfbyte 7.1.*upgrade",
     ),
     "no version": (lambda t: t.pop("version"), "damaged"),
     "version zero": (lambda t: t.update(version=0), "damaged"),

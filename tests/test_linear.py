@@ -15,7 +15,7 @@ from torch import nn
 import halfbyte as hb
 from corecall import same
 from halfbyte import _core, qlinear
-from halfbyte.reference import linear_w8a8_ref
+from halfbyte.reference import linear_ref
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -25,10 +25,9 @@ def make(n=33, k=70, bias=True, **kwargs):
 
 
 def want(layer, x):
-    y = linear_w8a8_ref(
+    y = linear_ref(
         x.reshape(-1, x.shape[-1]),
-        layer.weight_codes,
-        layer.weight_scale,
+        layer.quantized,
         layer.bias,
         activation=layer.activation,
         static=layer.static,
@@ -59,7 +58,7 @@ def test_the_short_way_is_taken(monkeypatch):
     layer, x = make(), torch.randn(3, 70)
     layer(x)
     monkeypatch.setattr(qlinear, "run_linear", None)
-    monkeypatch.setattr(qlinear, "linear_w8a8", None)
+    monkeypatch.setattr(qlinear, "linear", None)
     for other in (x, torch.randn(70), torch.randn(2, 3, 70).bfloat16(), torch.randn(2, 1, 3, 70)):
         same(layer(other), want(layer, other))
 

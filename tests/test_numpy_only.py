@@ -23,7 +23,7 @@ import sys
 import numpy as np
 import halfbyte as hb
 import truth
-rng = np.random.default_rng(5)
+rng, ran = np.random.default_rng(5), set()
 for m, n, k in ((1, 1, 1), (0, 5, 7), (13, 33, 70), (5, 64, 64), (40, 97, 129)):
     w, x = rng.standard_normal((n, k), np.float32), rng.standard_normal((m, k), np.float32)
     bias, residual = rng.standard_normal(n, np.float32), rng.standard_normal((m, n), np.float32)
@@ -47,8 +47,17 @@ for m, n, k in ((1, 1, 1), (0, 5, 7), (13, 33, 70), (5, 64, 64), (40, 97, 129)):
     if m:
         assert np.array_equal(hb.linear(x[0], packed, bias), y[0])
         assert np.array_equal(hb.linear(x[::-1], packed, bias), y[::-1])
+    for name in ("w4a8_g32", "w8a8+asym", "w8a16", "w4a8+ag64", "w4a16_g32+asym", "w4a16_g64+asym hqq",
+                 "w4a16_g32+nf4"):
+        name, _, method = name.partition(" ")
+        q = hb.quantize(w, name, method=method or "absmax")
+        scheme, parts = q.scheme, dict(group_scale=q.group_scale, zero=q.zero, minimum=q.minimum)
+        kind, fold = "token" if scheme.per_token else f"int{scheme.activation_bits}", scheme.fold_group or k
+        want = truth.linear_grouped(x, q.unpacked(), q.scale, fold, kind, bias=bias, **parts)
+        assert np.array_equal(hb.linear(x, hb.pack(q), bias), want), name
+        ran.add(hb.pack(q).kernel)
 assert "torch" not in sys.modules
-print("right on", packed.kernel)
+print("right on", packed.kernel, *sorted(ran))
 """
 
 
@@ -63,6 +72,8 @@ def test_linear_on_numpy_without_torch():
     done = run_numpy_only(BLOCK_TORCH + LINEAR_ON_NUMPY)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("right on linear_w8a8_")
+    for op in ("linear_w4a8", "linear_w8a16", "linear_w4a16"):
+        assert op in done.stdout
 
 
 def test_import_does_not_load_torch():

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import halfbyte as hb
 from corecall import same
-from halfbyte.reference import linear_w8a8_ref
+from halfbyte.reference import linear_ref
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -24,7 +24,7 @@ def layer():
 
 
 def want(x, q, bias=None, **options):
-    y = linear_w8a8_ref(x.reshape(-1, x.shape[-1]), q.codes, q.scale, bias, **options)
+    y = linear_ref(x.reshape(-1, x.shape[-1]), q, bias, **options)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 

@@ -13,7 +13,10 @@ import halfbyte as hb
 from corecall import same, unpack
 from halfbyte.reference import quantize_rows_ref
 
-HALF_STEP = 0.5 * (1 + 2.0**-20)  # the bound on the rounding error, in steps
+# The bounds on the rounding error, in steps. x * (1/s) is off by two roundings, 2^-23 of up to 127.5 codes of
+# a weight and 255 of an activation, and may end on the other side of a half.
+HALF_STEP = 0.5 * (1 + 2.0**-15)
+HALF_STEP_OF_ROWS = 0.5 * (1 + 2.0**-14)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # float32 of any size whose square still fits, subnormals and both zeros included
@@ -46,9 +49,8 @@ def test_rows_come_back_within_half_a_step(x):
     # A rounded zero point moves both ends of the range by up to half a step, where codes are clipped.
     assert (error <= q.scale[large, None].astype(np.float64) * (1 + 2.0**-16)).all()
     inside = np.abs(q.codes[large] + 0.5) < 127
-    assert (
-        error[inside] <= (q.scale[large, None].astype(np.float64) * HALF_STEP * np.ones_like(error))[inside]
-    ).all()
+    half = q.scale[large, None].astype(np.float64) * HALF_STEP_OF_ROWS * np.ones_like(error)
+    assert (error[inside] <= half[inside]).all()
     assert (steps[x == 0] == 0).all()
     assert (q.sums == q.codes.sum(1, dtype=np.int32)).all()
 

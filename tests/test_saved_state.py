@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 import halfbyte as hb
-from models import Model, quantized, report
+from corecall import same
+from models import TOKENS, Model, quantized, report
 
 
 def plain():
@@ -30,6 +31,32 @@ def test_reasons_and_names_are_restored(tmp_path):
     ]
     with pytest.raises(hb.ShapeError, match=r"^blocks\.0\.up: x has the shape"):
         fresh.blocks[0].up(torch.randn(2, 15))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "method"),
+    [
+        ("w4a8_g64", None),
+        ("w8a16", None),
+        ("w4a16_g32+asym", "hqq"),
+        ("w4a16_g32+asym", "absmax"),
+        ({"*.up": "w4a16_g32+nf4", "*.down": "w4a8_g32+ag32", "_default": "w8a8+asym"}, None),
+    ],
+    ids=str,
+)
+def test_round_trip_of_schemes(scheme, method, tmp_path):
+    model = hb.quantize_(Model(1).eval(), scheme, method=method)
+    hb.save(model, tmp_path)
+    want = model.state_dict()
+    for fresh in (Model(1).eval(), hb.quantize_(Model(1).eval(), "w4a8_g32")):
+        got = hb.load(fresh, tmp_path).state_dict()
+        assert list(got) == list(want)
+        for name in want:
+            same(got[name], want[name], name)
+        same(fresh(TOKENS), model(TOKENS))
+        assert [str(m.scheme) for m in fresh.modules() if isinstance(m, hb.QLinear)] == [
+            str(m.scheme) for m in model.modules() if isinstance(m, hb.QLinear)
+        ]
 
 
 def test_loading_in_inference_mode_keeps_shared_codes(tmp_path):

@@ -21,6 +21,8 @@ from halfbyte import _core
 OPS = sorted(path.name for path in (ROOT / "csrc/ops").iterdir())
 ISAS = re.findall(r"^\s*set\(HALFBYTE_FLAGS_(\w+)", (ROOT / "csrc/isa.cmake").read_text(), re.MULTILINE)
 LISTS = sorted(path.parent for path in (ROOT / "csrc").rglob("kernels.inc"))
+LINEAR = [op for op in OPS if op.startswith("linear_")]
+TILES = sorted((ROOT / "csrc/tiles").iterdir())
 ISA_FILES = sorted(path for folder in LISTS for path in folder.glob("*.cpp") if path.stem in ISAS)
 TEXT = {".py", ".pyi", ".h", ".cpp", ".inc", ".cmake", ".md", ".toml", ".txt", ""}
 
@@ -64,12 +66,36 @@ def test_the_extension_has_the_list_of_each_op(op):
 
 @pytest.mark.parametrize("op", OPS)
 def test_an_op_has_all_its_parts(op):
-    from halfbyte import reference
+    from halfbyte import reference, selftest
 
-    assert callable(getattr(reference, f"{op}_ref"))
-    assert callable(getattr(_core, op))
-    assert (ROOT / "csrc/ops" / op / "op.h").is_file()
+    name = "linear" if op in LINEAR else op  # all linear ops share one entry and one reference
+    assert callable(getattr(reference, f"{name}_ref"))
+    assert callable(getattr(_core, name))
+    assert op in selftest._CHECKS
+    folder = ROOT / "csrc/ops" / op
+    assert (folder / "op.h").is_file() and (folder / "op.cpp").is_file()
+    assert (folder / "bind.cpp").is_file() == (op not in LINEAR)
     assert (ROOT / "docs/ops" / f"{op}.md").is_file()
+
+
+def test_each_scheme_has_its_op_and_each_linear_op_its_schemes():
+    from halfbyte.scheme import NAMES
+
+    assert {hb.Scheme.parse(name).op for name in NAMES} == set(LINEAR)
+
+
+def test_linear_ops_have_the_kernels_of_the_tiles():
+    """An ISA file of a linear op includes the tiles of its ISA; the rest of csrc/tiles is shared by those."""
+    isas = [path.stem for path in TILES if path.stem in ISAS]
+    assert TILES and all(path.suffix == ".h" for path in TILES)
+    for op in LINEAR:
+        assert sorted(listed(ROOT / "csrc/ops" / op)) == sorted(isas)
+        for isa in isas:
+            text = (ROOT / "csrc/ops" / op / f"{isa}.cpp").read_text()
+            assert re.findall(r'#include "tiles/(\w+)\.h"', text) == [isa], (op, isa)
+    shared = {path.stem for path in TILES} - set(isas)
+    included = {name for path in TILES for name in re.findall(r'#include "tiles/(\w+)\.h"', path.read_text())}
+    assert included == shared
 
 
 def test_isa_names_agree():

@@ -37,6 +37,7 @@ _NEED_TORCH = {
     "quantize_dynamic": "convert",
     "calibrate": "calibration",
     "decalibrate_": "calibration",
+    "pack_": "pack_inplace",
     "save": "io",
     "load": "io",
     "read_gguf": "gguf",

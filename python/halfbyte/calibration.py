@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .errors import ModelError, NonFiniteError
 from .modules import check_module
-from .qlinear import QLinear
+from .qlinear import INPUT_BUFFERS, QLinear, held
 from .quantize import TINY
 
 
@@ -68,7 +68,7 @@ def calibrate(model: nn.Module, observer: str = "minmax", percentile: float = 99
         for hook in hooks:
             hook.remove()
         for name, layer in layers.items():
-            layer.input_scale, layer.input_zero = before[name]
+            held(layer).update(zip(INPUT_BUFFERS, before[name], strict=True))
             if done and name in found:
                 layer.static = found[name]
     if idle := [name or "the model itself" for name in layers if name not in found]:

@@ -15,6 +15,7 @@ from .errors import DeviceError, FormatError, HalfbyteError, ModelError
 from .extras import require
 from .manifest import LayerEntry, Manifest
 from .modules import check_module, is_embedding, is_linear, join, obstacle, replace, shape_of, sites
+from .pack_inplace import freed_again
 from .qlinear import INPUT_BUFFERS, WEIGHT_BUFFERS, QLinear
 from .quantize import QuantizedTensor, check_static
 from .quantized_tensor import PARTS
@@ -28,28 +29,30 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 
     halfbyte.json says what the layers are, model-<hash>.safetensors holds the tensors; no pickle. A model
     saved there before is replaced whole or, after an error or a crash, not at all; other files of the
-    directory are left alone. Of several processes that save to one directory, the last one wins.
+    directory are left alone. Of several processes that save to one directory, the last one wins. Codes that
+    `pack_` has freed are made for it, and freed again.
 
     Raises ModelError for a model without quantized layers, with scales that are none or with state that is no
     tensor, DeviceError for one with tensors on the meta device, OSError.
     """
     check_module(model, "save")
-    layers = {
-        name: _entry(name, m) for name, m in model.named_modules() if isinstance(m, (QLinear, QEmbedding))
-    }
-    if not layers:
-        raise ModelError(
-            f"this {type(model).__name__} has no quantized layer; call halfbyte.quantize_ first, or save it "
-            "with torch"
-        )
-    tensors, aliases = _distinct(model.state_dict())
-    floats = {
-        row["name"]: row["reason"]
-        for row in getattr(model, "_halfbyte_report", ())
-        if row["action"] == "float"
-    }
-    with manifest.replacing(directory, layers, aliases, floats) as path:
-        save_file(tensors, path)
+    with freed_again(model):  # the codes, which have to be made where pack_ freed them
+        layers = {
+            name: _entry(name, m) for name, m in model.named_modules() if isinstance(m, (QLinear, QEmbedding))
+        }
+        if not layers:
+            raise ModelError(
+                f"this {type(model).__name__} has no quantized layer; call halfbyte.quantize_ first, or save "
+                "it with torch"
+            )
+        tensors, aliases = _distinct(model.state_dict())
+        floats = {
+            row["name"]: row["reason"]
+            for row in getattr(model, "_halfbyte_report", ())
+            if row["action"] == "float"
+        }
+        with manifest.replacing(directory, layers, aliases, floats) as path:
+            save_file(tensors, path)
 
 
 def load(model: nn.Module, directory: str | os.PathLike[str], *, strict: bool = True) -> nn.Module:

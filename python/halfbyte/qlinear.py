@@ -18,7 +18,7 @@ from .pack import PackedWeight
 from .quantize import QuantizedTensor, check_static, check_takes_static, quantize
 from .quantized_tensor import PARTS
 from .scheme import Scheme
-from .torch_ops import linear, packed_weight, state
+from .torch_ops import known_pack, linear, pack_lock, packed_weight, state
 from .weight_view import WeightView
 
 WEIGHT_BUFFERS = tuple(f"weight_{part}" for part in PARTS)
@@ -54,7 +54,7 @@ class QLinear(nn.Module):
     activations are quantized with fixed numbers (`calibrate`), input_scale float32 [] and input_zero int32
     []. The floating-point ones keep their dtype under .half() and .bfloat16(). Weights are packed at the
     first call, and again after a buffer was replaced or changed in place; the pack is shared by layers that
-    share their codes and scheme, and never saved.
+    share their codes and scheme, and never saved. `pack_` frees the codes until something asks for them.
 
     activation: none, relu, gelu, gelu_tanh or silu; may be assigned.
     float_dtype: what `weight.dtype` says, that of the float weight before; follows .half() and its kind.
@@ -137,14 +137,16 @@ class QLinear(nn.Module):
     @static.setter
     def static(self, static: tuple[float, int] | None) -> None:
         if static is None:
-            self.input_scale = self.input_zero = None
+            held(self).update(input_scale=None, input_zero=None)
             return
         check_takes_static(self.scheme)
         scale, zero = check_static(static)
-        device = self.weight_codes.device
+        device = self.weight_scale.device
         with torch.inference_mode(False):
-            self.input_scale = torch.tensor(scale, dtype=torch.float32, device=device)
-            self.input_zero = torch.tensor(zero, dtype=torch.int32, device=device)
+            held(self).update(
+                input_scale=torch.tensor(scale, dtype=torch.float32, device=device),
+                input_zero=torch.tensor(zero, dtype=torch.int32, device=device),
+            )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # nn.Module's own __call__ takes longer than a small layer; it is needed for hooks and tracers only,
@@ -200,35 +202,40 @@ class QLinear(nn.Module):
 
     def _weight(self) -> tuple[Tensor | None, ...]:
         """The parts of the QuantizedTensor, in their order."""
-        return tuple(self._buffers[name] for name in WEIGHT_BUFFERS)
+        buffers = self._buffers
+        return tuple(buffers[name] for name in WEIGHT_BUFFERS)
 
     def _prepare(self) -> PackedWeight:
         """Pack, and note what the short way of `forward` (LinearPlan) compares and passes on."""
-        for name, buffer in self._buffers.items():
-            self._buffers[name] = counting(buffer)
-        if self._prepared is not None and self._prepared[0] == self._states():
-            return self._prepared[1]
+        count_changes(self)
+        if (prepared := self._prepared) is not None and prepared[0] == self._states():
+            return prepared[1]
+        with pack_lock():  # or the codes could be freed, or be there again, in between
+            if known_pack(*weight_of(self)) is None:
+                _ = self._buffers  # makes codes that `pack_` has freed: to pack them with what has changed
+            return self._make_plan(held(self))
+
+    def _make_plan(self, buffers: dict[str, Tensor | None]) -> PackedWeight:
         static = (0.0, 0) if self.static is None else check_static(self.static)
         if self.bias is not None:
             check_vector(
-                kind_of(self.weight_codes, "weight_codes"),
+                kind_of(self.weight_scale, "weight_scale"),
                 self.bias,
                 self.out_features,
                 "bias",
-                "weight_codes",
+                "weight_scale",
             )
-            self._buffers["bias"] = self.bias.float().contiguous()
+            buffers["bias"] = self.bias.float().contiguous()
         states = self._states()
         watched = [
-            (name, t, t._version if name in _WATCHED and t is not None else -1)
-            for name, t in self._buffers.items()
+            (name, t, t._version if name in _WATCHED and t is not None else -1) for name, t in buffers.items()
         ]
-        packed = packed_weight(self.scheme, self.in_features, *self._weight())
+        packed = packed_weight(*weight_of(self))
         with isa_errors:
             _core.select(self.scheme.op)  # a plan without a kernel would raise at every call
         self._plan = _core.LinearPlan(
             packed.core,
-            self._buffers,
+            buffers,
             watched,
             Tensor,
             _DTYPES,
@@ -243,7 +250,7 @@ class QLinear(nn.Module):
 
     def _states(self) -> list[tuple | None]:
         """Changes with each buffer that is replaced, changed in place, or given other memory."""
-        return [None if t is None else (id(t), *state(t)) for t in self._buffers.values()]
+        return [None if t is None else (id(t), *state(t)) for t in held(self).values()]
 
     def _apply(self, fn: Any, recurse: bool = True) -> QLinear:
         kept = {name: b for name, b in self._buffers.items() if b is not None and b.is_floating_point()}
@@ -281,7 +288,7 @@ class QLinear(nn.Module):
                 self._buffers[name] = buffer.to(value.dtype)
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_plan": None, "_prepared": None}
+        return self.__dict__ | {"_buffers": self._buffers, "_plan": None, "_prepared": None}
 
     def extra_repr(self) -> str:
         return (
@@ -296,6 +303,27 @@ def recorded(x: Tensor) -> bool:
     if (x.requires_grad and torch.is_grad_enabled()) or x.is_meta or type(x) is not Tensor:
         return True
     return any(recorder() for recorder in _RECORDERS)
+
+
+def held(layer: QLinear) -> dict[str, Tensor | None]:
+    """The buffers as they are: where `pack_` has freed the codes, a tensor without data stands for them. What
+    looks at a layer in any other way never sees it.
+    """
+    return vars(layer)["_buffers"]
+
+
+def weight_of(layer: QLinear) -> tuple:
+    """What `packed_weight` takes of a layer, of the buffers as they are."""
+    buffers = held(layer)
+    return layer.scheme, layer.in_features, *(buffers[name] for name in WEIGHT_BUFFERS)
+
+
+def count_changes(layer: QLinear) -> None:
+    """Replace buffers that were made in inference mode, and would not count their changes."""
+    buffers = held(layer)
+    for name, buffer in buffers.items():
+        if (counted := counting(buffer)) is not buffer:
+            buffers[name] = counted
 
 
 def counting(tensor: Tensor | None) -> Tensor | None:

@@ -137,9 +137,9 @@ def linear_ref(
 def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """a * b + c of float32 tensors, rounded once.
 
-    The product is exact in float64, which has 53 bits for twice 24. The sum may not be: where it is not, it is
-    rounded to the neighbor whose last bit is 1 ("to odd", after its error by Knuth's TwoSum), which keeps the
-    rounding to float32 from taking it for a tie (Boldo, Melquiond 2008, doi:10.1109/TC.2007.70819).
+    The product is exact in float64, which has 53 bits for twice 24. The sum may not be. Where it is not,
+    which Knuth's TwoSum tells, it becomes the neighbor whose last bit is 1 ("round to odd"), so that rounding
+    it to float32 does not take it for a tie (Boldo, Melquiond 2008, doi:10.1109/TC.2007.70819).
     """
     product, c = torch.broadcast_tensors(a.double() * b.double(), c.double())
     total = product + c

@@ -16,7 +16,8 @@ from . import _core
 from .embedding import OP as EMBEDDING_OP
 from .embedding import QEmbedding
 from .modules import check_module, is_linear, shape_of
-from .qlinear import QLinear
+from .pack_inplace import freed_again, freed_bytes, tensors
+from .qlinear import QLinear, held
 from .tables import markdown_table, mebibytes, percent, significant, text_table
 
 # Interleaved rounds of about this long: a layer costs some 30 ms, a model of a hundred layers a few seconds.
@@ -50,7 +51,7 @@ class LayerSummary:
     scheme: str  # "float" for a layer that was not quantized
     kernel: str  # "torch" for a layer that was not quantized
     float_bytes: int  # weight and bias as they were; what an earlier layer shares counts there only
-    bytes: int  # in memory: codes, scales and bias, and the packed copy of the codes; the same
+    bytes: int  # in memory: codes unless pack_ freed them, scales, bias, the packed copy; the same
     float_ms: float | None
     ms: float | None
     error: float | None  # ||quantized - float|| / ||float|| of the output
@@ -143,7 +144,7 @@ def summary(model: torch.nn.Module, example_inputs: object = None) -> Summary:
     }
     measured: dict[str, tuple[float, float | None, float | None]] = {}
     if example_inputs is not None:
-        with _evaluation(model), _hooks(targets, measured), torch.no_grad():
+        with freed_again(model), _evaluation(model), _hooks(targets, measured), torch.no_grad():
             _call(model, example_inputs)
     layers: list[LayerSummary] = []
     counted: dict[_Key, str] = {}  # the tensors of the layers so far, and whose they are
@@ -161,7 +162,7 @@ def summary(model: torch.nn.Module, example_inputs: object = None) -> Summary:
 
 def packed_bytes(model: torch.nn.Module) -> dict[int, int]:
     """Sizes of the packed weights of a model, by pack, since layers may share one; packs what has not run."""
-    layers = [m for m in model.modules() if isinstance(m, QLinear) and not m.weight_codes.is_meta]
+    layers = [m for m in model.modules() if isinstance(m, QLinear) and not m.weight_scale.is_meta]
     return {id(pack): pack.nbytes for pack in [layer._prepare() for layer in layers]}
 
 
@@ -179,7 +180,8 @@ def _layer(
     n, k = shape_of(module)
     embedding = isinstance(module, (QEmbedding, torch.nn.Embedding))
     if isinstance(module, (QLinear, QEmbedding)):
-        weight = module.weight_codes
+        weight = held(module)["weight_codes"]
+        size -= freed_bytes(module) if _key(weight) in own else 0
         elements = 0 if row.get("tied_to") or _key(weight) not in own else n * k
         if isinstance(module, QLinear) and module.bias is not None and _key(module.bias) in own:
             elements += n
@@ -201,7 +203,7 @@ def _key(tensor: torch.Tensor) -> _Key:
 
 def _tensors(module: torch.nn.Module) -> dict[_Key, torch.Tensor]:
     """Parameters and buffers by the memory that they occupy, so that tied ones count once."""
-    return {_key(t): t for t in (*module.parameters(), *module.buffers())}
+    return {_key(t): t for t in tensors(module)}
 
 
 @contextlib.contextmanager

@@ -6,12 +6,13 @@ Eager inference does not pass here: QLinear calls the core itself.
 from __future__ import annotations
 
 import os
-from threading import Lock
+from threading import RLock
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .errors import DeviceError
 from .ops import run_linear
 from .pack import PackedWeight, pack
 from .quantize import QuantizedTensor
@@ -20,18 +21,24 @@ from .scheme import Scheme
 
 # codes tensor -> {(scheme, k): (states of all weight tensors, those but the codes, PackedWeight)}; an entry
 # lives as long as its codes. Layers may share codes and quantize their inputs in different ways.
+_Entry = tuple[list, tuple, PackedWeight]
 _packs: WeakIdKeyDictionary = WeakIdKeyDictionary()
-_packs_lock = Lock()
+_packs_lock = RLock()
 
 
 def _unlock_in_child() -> None:
     # Another thread of the parent may have held the lock when this process was forked.
     global _packs_lock
-    _packs_lock = Lock()
+    _packs_lock = RLock()
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_unlock_in_child)
+
+
+def pack_lock() -> RLock:
+    """Held by whoever packs, frees codes that were packed, or makes them again."""
+    return _packs_lock
 
 
 def packed_weight(scheme: Scheme, k: int, codes: Tensor, *others: Tensor | None) -> PackedWeight:
@@ -49,18 +56,35 @@ def packed_weight(scheme: Scheme, k: int, codes: Tensor, *others: Tensor | None)
     if any(t is not None and t.is_inference() for t in tensors):
         return make()
     with _packs_lock:
-        states = [None if t is None else state(t) for t in tensors]
-        entries = _packs.get(codes, {})
-        entry = entries.get((scheme, k))
-        if (
-            entry is None
-            or entry[0] != states
-            or any(a is not b for a, b in zip(entry[1], others, strict=True))
-        ):
-            entry = states, others, make()
-            current = {key: e for key, e in entries.items() if e[0][0] == states[0]}  # of these very codes
-            _packs[codes] = current | {(scheme, k): entry}
-        return entry[2]
+        if (packed := known_pack(scheme, k, codes, *others)) is None:
+            states = [None if t is None else state(t) for t in tensors]
+            packed = make()
+            _packs[codes] = _current(codes, states[0]) | {(scheme, k): (states, others, packed)}
+        return packed
+
+
+def known_pack(scheme: Scheme, k: int, codes: Tensor, *others: Tensor | None) -> PackedWeight | None:
+    """The pack of a weight where it is there and nothing has changed since: the codes are not read."""
+    with _packs_lock:
+        entry = _packs.get(codes, {}).get((scheme, k))
+        if entry is None or any(a is not b for a, b in zip(entry[1], others, strict=True)):
+            return None
+        states = [None if t is None else state(t) for t in (codes, *others)]
+        return entry[2] if entry[0] == states else None
+
+
+def move_packs(codes: Tensor, other: Tensor) -> None:
+    """The packs of `codes` are those of `other` too, which has or stands for the same values."""
+    with _packs_lock:
+        _packs[other] = {
+            key: ([state(other), *states[1:]], others, packed)
+            for key, (states, others, packed) in _current(codes, state(codes)).items()
+        }
+
+
+def _current(codes: Tensor, now: tuple[int, int]) -> dict[tuple[Scheme, int], _Entry]:
+    """The packs of the values that `codes` have now."""
+    return {key: entry for key, entry in _packs.get(codes, {}).items() if entry[0][0] == now}
 
 
 def state(tensor: Tensor) -> tuple[int, int]:
@@ -101,6 +125,8 @@ def _linear(
 
 
 def _linear_fake(x: Tensor, scheme: str, codes: Tensor, *others) -> Tensor:
+    if codes.device.type == "meta" and x.device.type != "meta":  # torch asks here for both
+        raise DeviceError("codes is on the meta device, without data; load its values first")
     parsed = Scheme.parse(scheme)
     k = _features(parsed, codes)
     fits = x.shape[-1] == k or (parsed.weight_bits == 4 and x.shape[-1] == k - 1)

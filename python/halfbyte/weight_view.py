@@ -30,7 +30,7 @@ class WeightView:
     def __init__(self, layer: QLinear | QEmbedding):
         self._layer = layer
         self.shape = torch.Size(shape_of(layer))
-        self.device = layer.weight_codes.device
+        self.device = layer.weight_scale.device
         self.dtype = layer.float_dtype
 
     def dequantize(self) -> Tensor:

@@ -1,9 +1,6 @@
-// What core_test.cpp compares with: guarded memory, the storage types by arithmetic instead of bits, and the formulas of
-// quantize_rows and of the activations once more.
+// What the tests compare with: the storage types by arithmetic instead of bits, and the formulas of quantize_rows and of
+// the activations once more.
 #pragma once
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -26,32 +23,6 @@ inline float uniform(Rng& rng) { return static_cast<float>(static_cast<int32_t>(
   std::fprintf(stderr, "core_test: %s\n", what.c_str());
   std::exit(1);
 }
-
-// count elements whose last (or first) byte touches a page that may not be read or written.
-template <class T>
-class Guarded {
- public:
-  Guarded(Rng& rng, int64_t count) {
-    const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-    const size_t bytes = static_cast<size_t>(count) * sizeof(T), body = (bytes + page - 1) / page * page;
-    size_ = body + 2 * page;
-    map_ = static_cast<char*>(mmap(nullptr, size_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-    if (map_ == MAP_FAILED) die("mmap failed");
-    if (body && mprotect(map_ + page, body, PROT_READ | PROT_WRITE)) die("mprotect failed");
-    std::memset(map_ + page, 0xff, body);
-    data_ = reinterpret_cast<T*>(map_ + page + (below(rng, 4) ? body - bytes : 0));
-  }
-  Guarded(const Guarded&) = delete;
-  ~Guarded() { munmap(map_, size_); }
-  T* data() { return data_; }
-  T& operator[](int64_t i) { return data_[i]; }
-  const T& operator[](int64_t i) const { return data_[i]; }
-
- private:
-  size_t size_;
-  char* map_;
-  T* data_;
-};
 
 inline float from_half(uint16_t h) {
   const int exponent = (h >> 10) & 31, fraction = h & 1023;
@@ -107,14 +78,19 @@ inline float rounded(DType type, float x) {
   return get(type, &box, 0);
 }
 
+// NormalFloat4 (Dettmers et al. 2023, appendix E) times 127, rounded.
+constexpr int8_t nf4_levels[16] = {-127, -88, -67, -50, -36, -23, -12, 0, 10, 20, 31, 43, 56, 71, 92, 127};
+
 struct Row {
   float scale;
   int32_t zero, sum;
-  std::vector<int8_t> codes;
+  std::vector<int16_t> codes;
 };
 
-inline Row quantize(const std::vector<float>& x, bool symmetric, float static_scale, int32_t static_zero) {
-  Row row{1, 0, 0, std::vector<int8_t>(x.size(), 0)};
+// Symmetric codes go up to `limit`, 127 or 32639.
+inline Row quantize(const std::vector<float>& x, bool symmetric, float static_scale, int32_t static_zero,
+                    int32_t limit = 127) {
+  Row row{1, 0, 0, std::vector<int16_t>(x.size(), 0)};
   float lo = 0, hi = 0;
   for (const float v : x) {
     if (!std::isfinite(v)) {
@@ -123,7 +99,7 @@ inline Row quantize(const std::vector<float>& x, bool symmetric, float static_sc
     }
     lo = std::fmin(lo, v), hi = std::fmax(hi, v);
   }
-  float scale = symmetric ? std::fmax(hi, -lo) / 127.0f : hi / 255.0f - lo / 255.0f;
+  float scale = symmetric ? std::fmax(hi, -lo) / static_cast<float>(limit) : hi / 255.0f - lo / 255.0f;
   if (static_scale != 0) scale = static_scale;
   if (scale < 0x1p-100f) return row;
   const float inverse = 1.0f / scale;
@@ -135,10 +111,16 @@ inline Row quantize(const std::vector<float>& x, bool symmetric, float static_sc
   }
   for (size_t i = 0; i < x.size(); ++i) {
     const double q = std::nearbyint(double{x[i] * inverse}) + row.zero;
-    row.codes[i] = static_cast<int8_t>(std::fmax(std::fmin(q, 127), symmetric ? -127 : -128));
+    row.codes[i] = static_cast<int16_t>(std::fmax(std::fmin(q, limit), symmetric ? -limit : -128));
     row.sum += row.codes[i];
   }
   return row;
+}
+
+// Group g of a row; empty where the groups reach beyond the row.
+inline std::vector<float> group_of(const std::vector<float>& x, int64_t group, int64_t g) {
+  const int64_t k = static_cast<int64_t>(x.size()), first = std::min(g * group, k), end = std::min(first + group, k);
+  return {x.begin() + first, x.begin() + end};
 }
 
 inline double activate(Activation activation, double y) {
