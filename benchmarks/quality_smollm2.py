@@ -45,7 +45,8 @@ def main() -> int:
     base, tokenizer = smollm2.load(args.gguf)
     windows = perplexity.windows(tokenizer, text, args.tokens)
     words = args.only.split(",") if args.only else [""]
-    chosen = [c for c in CONTESTANTS if c.name == llm.FLOAT or any(word in c.name for word in words)]
+    contestants = (*CONTESTANTS, _as_stored(args.gguf))
+    chosen = [c for c in contestants if c.name == llm.FLOAT or any(word in c.name for word in words)]
     rows, losses = [], {}
     for contestant in chosen:
         start = time.perf_counter()
@@ -108,6 +109,13 @@ def _whole(scheme: str) -> Contestant:
     return Contestant(
         f"halfbyte {scheme}, whole", "head and embedding too, in 8 bits",
         lambda base: smollm2.quantized(base, scheme),
+    )  # fmt: skip
+
+
+def _as_stored(path: Path | None) -> Contestant:
+    return Contestant(
+        "halfbyte load_quantized_", "the file's own codes, embedding and head too, 16-bit activations",
+        lambda base: hb.load_quantized_(copy.deepcopy(base), path or smollm2.gguf_path()),
     )  # fmt: skip
 
 
@@ -177,8 +185,9 @@ CONTESTANTS = (
     _ours("w4a16_g32"),
     _ours("w4a16_g64", "absmax"),
     _ours("w4a16_g64", "mse"),
-    _ours("w4a16_g64+asym", "mse"),
+    _ours("w4a16_g64"),
     _ours("w4a16_g64+asym", "hqq"),
+    _ours("w4a16_g64+asym"),
     _ours("w4a16_g64+nf4"),
     _ours("w4a8_g32"),
     _ours("w4a8_g64"),

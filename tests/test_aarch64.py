@@ -30,6 +30,7 @@ def test_core_is_right_on_aarch64(tmp_path):
         HALFBYTE_TESTS="ON",
     )
     program = tmp_path / "tests/cpp/core_test"
-    done = subprocess.run([QEMU, "-L", LIBRARIES, program], capture_output=True, text=True, timeout=600)
+    command = [QEMU, "-L", LIBRARIES, program, "60"]  # rounds: an emulated CPU is slow
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "core_test: scalar: " in done.stdout

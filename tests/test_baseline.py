@@ -69,7 +69,7 @@ def test_every_op_on_such_a_cpu(cpu, isas):
     """The self-test of the doctor: each kernel that the CPU has against the scalar one."""
     code = """
 from halfbyte import selftest
-selftest._SHAPES = selftest._SHAPES[:3]  # the emulated CPU is slow
+selftest._SHAPES = selftest._SHAPES[:2]  # the emulated CPU is slow
 for row in selftest.run():
     print(row["op"], row["isa"], row["status"].replace(" ", "-"), row["detail"])
 """

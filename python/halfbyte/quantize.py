@@ -39,15 +39,17 @@ def quantize(
 
     method: "absmax" spans the range of each group or channel: with symmetric int8 per channel
     `scale = max|w| / 127`, the error of each element is at most scale/2 * (1 + 2^-20), and zero stays zero.
-    "mse" searches the scales of the least squared error. "hqq" searches float offsets of the least l_p error,
-    for schemes with groups and +asym. None: "absmax" for 8 bits and nf4, "mse" for 4 bits.
+    "mse" searches the scales (and zero points) of the least squared error. "weighted" weights each error by
+    the likely importance of its input feature, guessed from the weights; asymmetric schemes with groups get
+    float minimums. "hqq" searches float minimums of the least l_p error, for schemes with groups and +asym.
+    None: "absmax" for 8 bits, "weighted" for 4 bits.
 
     Raises SchemeError (also for a method that is unknown or does not fit the scheme), DTypeError (TypeError),
     DeviceError, ShapeError and NonFiniteError (ValueError).
     """
     scheme = Scheme.parse(scheme)
     if method is None:
-        method = search.DEFAULT_INT4 if scheme.weight_bits == 4 and not scheme.nf4 else "absmax"
+        method = search.DEFAULT_INT4 if scheme.weight_bits == 4 else "absmax"
     if min(_matrix_shape(weight, name, limited=not scheme.fold_group)) == 0:
         raise ShapeError(f"{name} has the shape {tuple(weight.shape)}: there is nothing in it to quantize")
     if method == "absmax" and (scheme.weight_bits, scheme.group, scheme.asym) == (8, 0, False):
