@@ -38,7 +38,7 @@ def quantize(
     weight: [n, k], float32, float16 or (torch) bfloat16, any strides. `name` is what errors call the weight.
 
     method: "absmax" spans the range of each group or channel: with symmetric int8 per channel
-    `scale = max|w| / 127`, the error of each element is at most scale/2 * (1 + 2^-20), and zero stays zero.
+    `scale = max|w| / 127`, the error of each element is at most scale/2 * (1 + 2^-15), and zero stays zero.
     "mse" searches the scales (and zero points) of the least squared error. "weighted" weights each error by
     the likely importance of its input feature, guessed from the weights; asymmetric schemes with groups get
     float minimums. "hqq" searches float minimums of the least l_p error, for schemes with groups and +asym.

@@ -15,7 +15,8 @@
 // weights before `scale`, summed in float64. With activation groups (+ag): symmetric codes with a scale per token and group,
 //   t = fma(float(acc) * group_scale[n][g], a_scale[m][g], t), and neither z nor a_scale[m].
 //
-// Without groups of either: one group of all k (K <= 65792) and no group_scale. Every kernel returns the same bits.
+// Half of the channels are kept 16 times as large in t (core/gemm.h), exactly, but for numbers at the ends of float32: they
+// overflow from 2^124 on, and scales below 2^-122 lose bits. Without groups of either: one group of all k (K <= 65792) and no group_scale. Every kernel returns the same bits.
 #pragma once
 
 namespace halfbyte {

@@ -11,8 +11,9 @@
 // 16-bit codes go to int16, or to int8 in two parts q = 256 high + low with low = -128 .. 127, so that |high| <= 127: per
 // group all high parts, then all low ones, with a sum each.
 //
-// x/s stands for x * (1/s) with 1/s rounded to float32; rint rounds half to even. |x - (q - z)s| <= s/2 (1 + 2^-20)
-// inside the range (2^-9 in place of 2^-20 for 16 bits). A row (group) whose s is below 2^-100 counts as zeros: s = 1,
+// x/s stands for x * (1/s) with 1/s rounded to float32; rint rounds half to even. |x - (q - z)s| <= s/2 (1 + e)
+// inside the range, where the rounding of the quotient, up to 255, 127 or 32639 codes, makes e = 2^-14 for asymmetric,
+// 2^-15 for symmetric and 2^-7 for 16-bit codes. A row (group) whose s is below 2^-100 counts as zeros: s = 1,
 // codes 0. One with a NaN or an infinity gives s = NaN, z = 0 and codes 0, so that whatever is computed from it is NaN.
 // Every kernel performs the same float32 operations, so codes, scales and sums agree bit for bit.
 #pragma once
