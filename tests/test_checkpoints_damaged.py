@@ -29,6 +29,7 @@ def test_truncated_anywhere(tmp_path):
     "config, match",
     [
         ({"quant_method": "fp8"}, "the quant_method is 'fp8'; those that can be read are: gptq, awq"),
+        ({"quant_method": ["gptq"]}, "the quant_method is .'gptq'.; those"),
         ({}, "the quant_method is None"),
         (gptq(3), "bits is 3; 4 and 8 can be read"),
         (gptq(group=0), "group_size is 0; it must be"),
@@ -42,6 +43,10 @@ def test_truncated_anywhere(tmp_path):
         ({"quant_method": "compressed-tensors"}, "its quantization_config is damaged .lacks 'config_groups'"),
         (compressed("float-quantized"), "the format is 'float-quantized' with weights of the type 'int'"),
         (compressed(bits=2), "num_bits is 2"),
+        (
+            compressed(config_groups={"a": {"targets": ["re:("], "weights": {"num_bits": 4}}}),
+            r"the target 're:\(' is no regular expression",
+        ),
         (compressed(config_groups=[]), "its quantization_config is damaged"),
         (compressed(transform_config={"x": 1}), "it has a transform_config"),
         (compressed(sparsity_config={"format": "sparse-24-bitmask"}), "it has a sparsity_config"),
@@ -55,6 +60,13 @@ def test_configs_that_do_not_fit(config, match, tmp_path):
     with pytest.raises(hb.FormatError, match=match) as error:
         read(tmp_path, tensors, config)
     assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("weight_map", ["[]", "null", '"a"'])
+def test_a_damaged_index(weight_map, tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text(f'{{"weight_map": {weight_map}}}')
+    with pytest.raises(hb.FormatError, match="index.json is damaged: its weight_map is no object"):
+        read_checkpoint(tmp_path)
 
 
 def test_parts_that_do_not_fit(tmp_path):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 
 import halfbyte as hb
 from halfbyte.loading import load_quantized_
-from quantized_layers import Layer, compressed, gptq, read
+from halfbyte.pack_inplace import is_freed
+from quantized_layers import TOKEN, Layer, compressed, gptq, read, write
 
 
 class Net(nn.Module):
@@ -152,7 +155,28 @@ def test_a_layer_a_conv1d_and_a_quantized_model(tmp_path):
     again = hb.quantize_(nn.Sequential(nn.Linear(64, 16)))
     again[0].activation = "relu"
     load_quantized_(again, {"0.weight": q, "0.bias": bias})
-    assert str(again[0].scheme) == "w4a16_g64+asym"
+    assert str(again[0].scheme) == "w4a16_g64+asym" and again[0].activation == "relu"
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_static_range_of_a_quantized_model(packed, tmp_path):
+    layer = Layer(16, 64, 64, symmetric=True)
+    a16, a8 = (read(tmp_path, layer.gptq("0"), gptq(), activations=a) for a in ("a16", "a8"))
+    model = hb.quantize_(nn.Sequential(nn.Linear(64, 16, bias=False)))
+    model[0].static = (0.05, -3)
+    if packed:
+        hb.pack_(model)
+    old = model[0]
+    with pytest.raises(hb.ModelError, match="load_quantized_: 0 has a static range .* w4a16_g64 cannot use"):
+        load_quantized_(model, a16)
+    assert model[0] is old
+    load_quantized_(model, a8)
+    assert model[0] is not old and model[0].static == pytest.approx((0.05, -3))
+    assert torch.equal(model[0].quantized.dequantize(), layer.weight)
+    assert model(torch.randn(2, 64)).isfinite().all()
+    assert not is_freed(model[0]) and is_freed(hb.pack_(model)[0])
+    model[0].static = None
+    assert load_quantized_(model, a16)[0].static is None
 
 
 def test_names_that_do_not_fit(tmp_path):
@@ -208,6 +232,38 @@ def test_what_does_not_fit_leaves_the_model_alone(tmp_path):
     model = Net()
     model.embed.max_norm = 1.0
     refuse(hb.ModelError, "embed cannot be replaced: max_norm", {}, model)
+
+
+def test_values_without_memory_leave_the_model_alone(tmp_path):
+    layers, floats = checkpoint()
+    tensors = read_net(tmp_path, layers, floats)
+    q = tensors["down.weight"]
+    bare = {
+        part: dataclasses.replace(q, **{part: getattr(q, part).to("meta")})
+        for part in ("codes", "scale", "group_scale")
+    }
+    for name, value, match in [
+        ("steps", floats["steps"].to("meta"), "'steps' is on the meta device"),
+        ("steps", floats["steps"].to_sparse(), "'steps' has the layout torch.sparse_coo"),
+        ("up.bias", floats["up.bias"].to("meta"), "'up.bias' is on the meta device"),
+        *(("down.weight", v, f"^{part} of 'down.weight' is on the meta device") for part, v in bare.items()),
+    ]:
+        model = Net()
+        before = snapshot(model)
+        with pytest.raises(hb.DeviceError, match=match):
+            load_quantized_(model, tensors | {name: value})
+        assert_untouched(model, before)
+
+
+def test_errors_of_a_path_name_the_function_that_takes_the_argument(tmp_path):
+    layer = Layer(16, 64, 64, symmetric=True)
+    model = nn.Sequential(nn.Linear(64, 16, bias=False))
+    write(tmp_path, layer.packed("0"), compressed(symmetric=True, inputs=TOKEN | {"dynamic": False}))
+    with pytest.raises(hb.FormatError, match=r"call halfbyte.read_checkpoint\(path, activations='a8'\)"):
+        load_quantized_(model, tmp_path)
+    write(tmp_path, layer.packed("0"))
+    with pytest.raises(hb.FormatError, match=r"call halfbyte.read_checkpoint\(path, quantization="):
+        load_quantized_(model, tmp_path)
 
 
 def test_arguments():

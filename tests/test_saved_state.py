@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -113,6 +114,34 @@ def test_a_float_checkpoint_is_refused(strict):
     state = plain().state_dict()
     with pytest.raises(RuntimeError, match=r"0\.weight is float .* load it before quantize_"):
         hb.quantize_(plain()).load_state_dict(state, strict=strict)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("through", [copy.deepcopy, "a file"])
+def test_a_state_of_other_numbers_is_refused(strict, through, tmp_path):
+    """nf4 and integers of 4 bits have tensors of the same names, shapes and dtypes."""
+
+    def make(scheme):
+        return hb.quantize_(nn.Sequential(nn.Embedding(8, 64), nn.Linear(64, 4)), scheme, embeddings=scheme)
+
+    def state(scheme):
+        if callable(through):
+            return through(make(scheme).state_dict())
+        torch.save(make(scheme).state_dict(), tmp_path / "state.pt")
+        return torch.load(tmp_path / "state.pt", weights_only=True)
+
+    for saved, own in (("w4a16_g64+nf4", "w4a16_g64"), ("w4a8_g64", "w4a16_g64+nf4")):
+        target = make(own)
+        before = copy.deepcopy(target.state_dict())
+        with pytest.raises(RuntimeError) as error:
+            target.load_state_dict(state(saved), strict=strict)
+        for name in "01":
+            assert f"{name}.weight_codes is of the scheme {saved} and this layer of {own}" in str(error.value)
+        assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())
+    target, source = make("w4a8_g64"), make("w4a16_g64")  # the same weights, for other activations
+    target.load_state_dict(copy.deepcopy(source.state_dict()), strict=strict)
+    same(target[1].weight_codes, source[1].weight_codes)
+    target.load_state_dict(dict(state("w4a16_g64+nf4")), strict=strict)  # no metadata: nothing to compare
 
 
 @pytest.mark.parametrize("call", [hb.save, hb.load])

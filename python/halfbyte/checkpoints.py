@@ -70,8 +70,8 @@ def read_checkpoint(
             keys = {f".{key}" for method in METHODS.values() for key in method.keys}
             if found := next((name for name in tensors if name.endswith(tuple(keys))), None):
                 raise FormatError(
-                    f"{path} has quantized layers ({found!r}), but no config.json beside it says how; pass "
-                    "quantization={...}, its quantization_config"
+                    f"{path} has quantized layers ({found!r}), but no config.json beside it says how; call "
+                    "halfbyte.read_checkpoint(path, quantization={...}) with its quantization_config"
                 )
             return tensors
         return _build(path, tensors, quantization, activations)
@@ -81,7 +81,7 @@ def _build(
     path: Path, tensors: dict[str, Tensor], config: Mapping[str, Any], activations: str | None
 ) -> dict[str, QuantizedTensor | Tensor]:
     method = config.get("quant_method", "gptq" if "bits" in config and "sym" in config else None)
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise FormatError(
             f"{path}: the quant_method is {method!r}; those that can be read are: {', '.join(METHODS)}"
         )
@@ -141,7 +141,10 @@ def _files(path: Path) -> dict[Path, set[str] | None]:
         return {path: None}
     if (index := path / _INDEX).exists():
         files: dict[Path, set[str] | None] = {}
-        for name, file in _json(index).get("weight_map", {}).items():
+        weight_map = _json(index).get("weight_map", {})
+        if not isinstance(weight_map, dict):
+            raise FormatError(f"{index} is damaged: its weight_map is no object; get it anew")
+        for name, file in weight_map.items():
             if not isinstance(file, str) or Path(file).name != file:
                 raise FormatError(f"{index} is damaged: {file!r} is no name of a file; get it anew")
             files.setdefault(path / file, set()).add(name)

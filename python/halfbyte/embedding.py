@@ -14,7 +14,7 @@ from .arrays import float_code, kind_of
 from .dispatch import isa_errors
 from .errors import DTypeError, HalfbyteError, ModelError
 from .modules import embedding_obstacle
-from .qlinear import WEIGHT_BUFFERS, counting, recorded
+from .qlinear import WEIGHT_BUFFERS, counting, note_scheme, other_format, recorded
 from .quantize import QuantizedTensor, quantize
 from .quantized_tensor import PARTS
 from .scheme import Scheme
@@ -123,7 +123,14 @@ class QEmbedding(nn.Module):
         self.float_dtype = fn(torch.empty(0, dtype=self.float_dtype)).dtype
         return self
 
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        note_scheme(self.scheme, destination, prefix)
+
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        if mismatch := other_format(self.scheme, state_dict, prefix, args[0]):
+            args[-1].append(mismatch)
+            return
         if prefix + "weight" in state_dict:
             args[-1].append(
                 f"{prefix}weight is float and this embedding is quantized: load it before quantize_"

@@ -158,8 +158,9 @@ class CompressedTensors:
         group = self._group(layer)
         if group.activations is None:
             raise FormatError(
-                f"{layer} wants activations of {group.activation_text}, which no scheme has; pass "
-                "activations='a8' (found at run time, per token or group) or 'a16' to take its weights alone"
+                f"{layer} wants activations of {group.activation_text}, which no scheme has; "
+                "call halfbyte.read_checkpoint(path, activations='a8') (found at run time, per token or "
+                "group) or activations='a16' to take its weights alone"
             )
         return group.activations
 
@@ -218,6 +219,12 @@ def _parse_group(config: Mapping[str, Any], default: object) -> _Group:
             f"the format is {layout!r} with weights of the type {weights.get('type', 'int')!r}; "
             "int-quantized and pack-quantized, of integers, can be read"
         )
+    targets = tuple(map(str, config.get("targets") or ("Linear",)))
+    for target in targets:
+        try:
+            re.compile(target.removeprefix("re:") if target.startswith("re:") else "")
+        except (re.error, OverflowError, RecursionError) as error:
+            raise FormatError(f"the target {target!r} is no regular expression ({error})") from None
     size = weights.get("group_size")
     strategy = weights.get("strategy") or {None: "tensor", -1: "channel"}.get(size, "group")
     if strategy not in ("tensor", "channel", "group"):
@@ -229,7 +236,7 @@ def _parse_group(config: Mapping[str, Any], default: object) -> _Group:
         dynamic = "dynamic" if inputs.get("dynamic") else "fixed"
         text = f"{inputs.get('num_bits')} bits, {inputs.get('type', 'int')}, with {dynamic} scales"
     return _Group(
-        tuple(map(str, config.get("targets") or ("Linear",))),
+        targets,
         layout,
         _option(weights, "num_bits", _BITS),
         _group(size) if strategy == "group" else 0 if strategy == "channel" else None,

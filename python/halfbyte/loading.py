@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from .arrays import kind_of
 from .checkpoints import read_checkpoint
 from .embedding import QEmbedding
 from .errors import DeviceError, DTypeError, FormatError, ModelError
@@ -25,8 +26,9 @@ from .modules import (
     shape_of,
     sites,
 )
-from .qlinear import QLinear
-from .quantized_tensor import QuantizedTensor
+from .pack_inplace import restore
+from .qlinear import INPUT_BUFFERS, QLinear
+from .quantized_tensor import PARTS, QuantizedTensor
 
 Tensors = Mapping[str, QuantizedTensor | Tensor]
 _LISTED = 8  # problems that a message names
@@ -42,8 +44,9 @@ def load_quantized_(
 
     A QuantizedTensor called "<layer>.weight" makes a QLinear of an nn.Linear or a Conv1D of transformers and
     a QEmbedding of an nn.Embedding; a "<layer>.bias" goes with it. Other tensors are copied into the model's
-    own, in their dtype. Where the model ties two weights and the checkpoint has one, both are made of it and
-    share its codes. `model._halfbyte_report` lists the linear layers and embeddings.
+    own, in their dtype. A QLinear of the model hands its activation and static range on to its replacement.
+    Where the model ties two weights and the checkpoint has one, both are made of it and share its codes.
+    `model._halfbyte_report` lists the linear layers and embeddings.
 
     The float weights of the model are not looked at: parameters may be on the meta device, so that nothing
     is spent on them. Buffers must have values where the checkpoint has none for them.
@@ -53,7 +56,7 @@ def load_quantized_(
 
     Raises, before anything in the model is touched: FormatError for damaged files, other shapes and names of
     another model; ModelError for layers that cannot be replaced; DeviceError for what would stay without
-    data; what `read_gguf` and `read_checkpoint` raise.
+    data and for tensors that are not dense CPU memory; what `read_gguf` and `read_checkpoint` raise.
     """
     check_module(model, "load_quantized_")
     with torch.inference_mode(False), torch.no_grad():
@@ -85,7 +88,29 @@ def _read(tensors: Tensors | str | os.PathLike[str]) -> Tensors:
             raise DTypeError(
                 f"{name!r} is a {type(value).__name__}; it must be a tensor, or a QuantizedTensor of torch"
             )
+        if isinstance(value, Tensor):
+            kind_of(value, repr(name))
+            continue
+        for part in PARTS:
+            if (array := getattr(value, part)) is not None:
+                kind_of(array, f"{part} of {name!r}")
     return tensors
+
+
+def _keep_settings(name: str, old: QLinear, new: QLinear) -> None:
+    """What was set on a layer that is quantized already: its activation and the range of its inputs."""
+    restore(old)  # so that it has nothing of `pack_` to hand on
+    new.activation = old.activation
+    if old.input_scale is None:
+        return
+    if not new.scheme.per_token:
+        raise ModelError(
+            f"load_quantized_: {name} has a static range of its inputs, which its new scheme {new.scheme} "
+            "cannot use; set its `static` to None, or load into the float model"
+        )
+    for buffer in INPUT_BUFFERS:
+        kind_of(getattr(old, buffer), f"{buffer} of {name}")
+    new.static = old.static
 
 
 class _Plan:
@@ -143,6 +168,8 @@ class _Plan:
             new = QEmbedding(q, padding_idx=module.padding_idx, float_dtype=dtype, name=name)
         else:
             new = QLinear(q, self._bias(its_names, module), float_dtype=dtype, name=name)
+            if isinstance(module, QLinear):
+                _keep_settings(name, module, new)
         for attribute, value in extra_attributes(module).items():
             if not hasattr(new, attribute):
                 setattr(new, attribute, value)

@@ -261,8 +261,15 @@ class QLinear(nn.Module):
         self.float_dtype = fn(torch.empty(0, dtype=self.float_dtype)).dtype
         return self
 
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        note_scheme(self.scheme, destination, prefix)
+
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         errors: list[str] = args[-1]
+        if mismatch := other_format(self.scheme, state_dict, prefix, args[0]):
+            errors.append(mismatch)
+            return
         if prefix + "weight" in state_dict:
             errors.append(f"{prefix}weight is float and this layer is quantized: load it before quantize_")
         given = [name for name in INPUT_BUFFERS if prefix + name in state_dict]
@@ -296,6 +303,28 @@ class QLinear(nn.Module):
             f"bias={self.bias is not None}, scheme={self.scheme}, "
             f"kernel={_core.select(self.scheme.op)}"
         ) + (f", static={self.static}" if self.scheme.per_token else "")
+
+
+def note_scheme(scheme: Scheme, destination: dict, prefix: str) -> None:
+    """Write the scheme beside the version that torch keeps of each module in the metadata of a state_dict."""
+    if (metadata := getattr(destination, "_metadata", None)) is not None:
+        metadata.setdefault(prefix[:-1], {})["scheme"] = str(scheme)
+
+
+def other_format(scheme: Scheme, state_dict: dict, prefix: str, metadata: dict) -> str | None:
+    """An error where the weight in a state_dict is of other numbers than `scheme` says, which the shapes and
+    names of the tensors do not always tell. States without metadata, as those of a file, are not looked at.
+    """
+    if prefix + WEIGHT_BUFFERS[0] not in state_dict or "scheme" not in metadata:
+        return None
+    saved = Scheme.parse(metadata["scheme"])
+    formats = [(s.weight_bits, bool(s.group), s.asym, s.nf4) for s in (saved, scheme)]
+    if formats[0] == formats[1]:
+        return None
+    return (
+        f"{prefix}{WEIGHT_BUFFERS[0]} is of the scheme {saved} and this layer of {scheme}: quantize "
+        "the model with the scheme of the state"
+    )
 
 
 def recorded(x: Tensor) -> bool:
