@@ -68,7 +68,7 @@ class Timed:
             begin = time.perf_counter()
             next(self._cycle)()
             best = min(best, time.perf_counter() - begin)
-        # The estimate was too high if other threads were still spinning then: on a call of 0.2 ms by 20 times.
+        # The estimate was too high if other threads were still spinning then: 20 times on a call of 0.2 ms.
         self.inner = max(self.inner, round(self.round_seconds / best))
         batch = list(itertools.islice(self._cycle, self.inner))
         start = time.perf_counter()
