@@ -125,6 +125,15 @@ def test_a_failure_in_the_middle_leaves_the_model_as_it_was(monkeypatch, call, e
     assert_untouched(model, before)
 
 
+@pytest.fixture
+def python_handles_ctrl_c():
+    """A process that a shell started in the background ignores it from the start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("python_handles_ctrl_c")
 def test_ctrl_c_during_the_replacement_waits_for_its_end(monkeypatch):
     model = Model()
     calls = fail_at(monkeypatch, 7 + 3, lambda: signal.raise_signal(signal.SIGINT))
@@ -134,6 +143,7 @@ def test_ctrl_c_during_the_replacement_waits_for_its_end(monkeypatch):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.usefixtures("python_handles_ctrl_c")
 def test_quantizing_in_a_thread_and_under_a_foreign_handler(monkeypatch):
     model = Model()
     thread = threading.Thread(target=hb.quantize_, args=(model,))
