@@ -35,7 +35,7 @@ struct TileArgs {
   int rows;       // 1 .. GemmTile::alone
   int panels;     // 1 .. max(1, min(max_panels, accumulators / rows))
   int64_t quads;  // k_padded / 4
-  const void* a;  // codes, zero from k to k_padded: int8, or int16 where Kernel::wide. Of 16-bit activations in int8: per
+  const void* a;  // codes, zero from k to k_padded: int8, or int16 where GemmKernel::wide. Of 16-bit activations in int8: per
                   // group its high bytes, then its low ones: a = 256 high + low, both signed
   int64_t lda;    // codes between rows
   const uint8_t* b;
