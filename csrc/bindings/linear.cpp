@@ -30,6 +30,13 @@ void bind_linear(py::module_& m) {
       py::arg("nf4") = false, py::arg("activation_group") = 0, py::arg("threads") = 0,
       py::call_guard<py::gil_scoped_release>());
   m.def(
+      "pack_float",
+      [](uintptr_t weight, int type, int64_t n, int64_t k, int64_t ld, int threads) {
+        return pack_float(pointer<const void>(weight), dtype(type), n, k, ld, threads);
+      },
+      py::arg("weight"), py::arg("dtype"), py::arg("n"), py::arg("k"), py::arg("ld"), py::arg("threads") = 0,
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
       "unpack_linear",
       [](const PackedWeight& packed, uintptr_t codes, int64_t ld) { unpack_linear(packed, pointer<void>(codes), ld); },
       py::call_guard<py::gil_scoped_release>());

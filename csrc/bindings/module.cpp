@@ -17,6 +17,8 @@ namespace halfbyte {
 #undef OP
 void bind_linear(py::module_& m);
 void bind_torch_call(py::module_& m);
+void bind_fused(py::module_& m);
+void bind_watch(py::module_& m);
 
 namespace {
 
@@ -109,4 +111,6 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
 #undef OP
   bind_linear(m);
   bind_torch_call(m);
+  bind_fused(m);
+  bind_watch(m);
 }

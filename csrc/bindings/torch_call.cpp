@@ -8,40 +8,11 @@
 #include <memory>
 #include <vector>
 
-#include "bindings/bind.h"
+#include "bindings/watch.h"
 #include "core/linear.h"
 
 namespace halfbyte {
 namespace {
-
-// Attribute and method names, made once.
-struct Names {
-  PyObject* dtype = PyUnicode_InternFromString("dtype");
-  PyObject* shape = PyUnicode_InternFromString("shape");
-  PyObject* is_cpu = PyUnicode_InternFromString("is_cpu");
-  PyObject* requires_grad = PyUnicode_InternFromString("requires_grad");
-  PyObject* is_contiguous = PyUnicode_InternFromString("is_contiguous");
-  PyObject* data_ptr = PyUnicode_InternFromString("data_ptr");
-  PyObject* new_empty = PyUnicode_InternFromString("new_empty");
-  PyObject* version = PyUnicode_InternFromString("_version");
-  PyObject* stride = PyUnicode_InternFromString("stride");
-  PyObject* is_neg = PyUnicode_InternFromString("is_neg");
-  PyObject* current_level = PyUnicode_InternFromString("_current_level");
-};
-
-const Names& names() {
-  static const Names* const made = new Names;
-  return *made;
-}
-
-struct Reference {
-  explicit Reference(PyObject* object) : object(object) {
-    if (!object) throw py::error_already_set();
-  }
-  Reference(const Reference&) = delete;
-  ~Reference() { Py_DECREF(object); }
-  PyObject* const object;
-};
 
 bool is_true(PyObject* tensor, PyObject* name) {
   return Reference(PyObject_GetAttr(tensor, name)).object == Py_True;
@@ -53,45 +24,20 @@ bool answers(PyObject* tensor, PyObject* name, PyObject* expected) {
   return Reference(PyObject_VectorcallMethod(name, arguments, 1, nullptr)).object == expected;
 }
 
-int64_t to_int64(PyObject* number) {
-  const int64_t value = PyLong_AsLongLong(number);
-  if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
-  return value;
-}
-
-uintptr_t address(PyObject* tensor) {
-  PyObject* arguments[] = {tensor};
-  const Reference pointer(PyObject_VectorcallMethod(names().data_ptr, arguments, 1, nullptr));
-  return static_cast<uintptr_t>(PyLong_AsUnsignedLongLong(pointer.object));
-}
-
-// A buffer of the module, by name, with the tensor, memory and version that the packed weight was made from.
-struct Watched {
-  py::object name, tensor;  // None for a buffer that is not there
-  uintptr_t memory;         // changes under the same tensor by `tensor.data = other`
-  int64_t version;          // -1: not compared
-};
-
 class LinearPlan {
  public:
-  LinearPlan(std::shared_ptr<PackedWeight> packed, py::dict buffers, py::list watched, py::object tensor_type,
-             py::tuple dtypes, py::list recorders, py::list hooks, py::dict forward_ad, uintptr_t bias,
-             float static_scale, int32_t static_zero)
+  // watched: as Watch takes it; hooks: dictionaries that must be empty
+  LinearPlan(std::shared_ptr<PackedWeight> packed, const py::list& watched, py::object tensor_type, py::tuple dtypes,
+             py::list recorders, py::list hooks, py::dict forward_ad, uintptr_t bias, float static_scale, int32_t static_zero)
       : packed_(std::move(packed)),
-        buffers_(std::move(buffers)),
+        watch_(watched, std::move(hooks)),
         tensor_type_(std::move(tensor_type)),
         recorders_(std::move(recorders)),
-        hooks_(std::move(hooks)),
         forward_ad_(std::move(forward_ad)),
         bias_(bias),
         static_scale_(static_scale),
         static_zero_(static_zero),
         columns_(py::int_(packed_->n)) {
-    for (const py::handle row : watched) {
-      const auto entry = row.cast<std::tuple<py::object, py::object, int64_t>>();
-      const py::object& tensor = std::get<1>(entry);
-      watched_.push_back({std::get<0>(entry), tensor, tensor.is_none() ? 0 : address(tensor.ptr()), std::get<2>(entry)});
-    }
     for (size_t i = 0; i < dtypes_.size(); ++i) dtypes_[i] = dtypes[i];
   }
 
@@ -113,15 +59,13 @@ class LinearPlan {
   }
 
   int traverse(visitproc visit, void* arg) const {
-    for (const Watched& w : watched_) Py_VISIT(w.tensor.ptr());
-    for (PyObject* object : {buffers_.ptr(), recorders_.ptr(), hooks_.ptr(), forward_ad_.ptr()}) Py_VISIT(object);
-    return 0;
+    for (PyObject* object : {recorders_.ptr(), forward_ad_.ptr()}) Py_VISIT(object);
+    return watch_.traverse(visit, arg);
   }
 
   void clear() {
-    watched_.clear();
-    buffers_ = py::dict();
-    recorders_ = hooks_ = py::list();
+    watch_.clear();
+    recorders_ = py::list();
     forward_ad_ = py::dict();
   }
 
@@ -173,15 +117,7 @@ class LinearPlan {
   }
 
   bool unchanged(bool hooks_checked) const {
-    for (const Watched& w : watched_) {
-      PyObject* const now = PyDict_GetItemWithError(buffers_.ptr(), w.name.ptr());
-      if (now != w.tensor.ptr()) return false;
-      if (now != Py_None && address(now) != w.memory) return false;
-      if (w.version >= 0 && to_int64(Reference(PyObject_GetAttr(now, names().version)).object) != w.version) return false;
-    }
-    for (const py::handle hooks : hooks_) {
-      if (!hooks_checked && PyDict_GET_SIZE(hooks.ptr()) != 0) return false;
-    }
+    if (!watch_.same_entries() || (!hooks_checked && !watch_.all_empty())) return false;
     PyObject* const level = PyDict_GetItemWithError(forward_ad_.ptr(), names().current_level);
     if (!level || to_int64(level) >= 0) return false;
     for (const py::handle count : recorders_) {
@@ -192,11 +128,10 @@ class LinearPlan {
   }
 
   std::shared_ptr<PackedWeight> packed_;
-  py::dict buffers_;
-  std::vector<Watched> watched_;
+  Watch watch_;
   py::object tensor_type_;
   std::array<py::object, 3> dtypes_;
-  py::list recorders_, hooks_;
+  py::list recorders_;
   py::dict forward_ad_;
   uintptr_t bias_;
   float static_scale_;
@@ -207,23 +142,9 @@ class LinearPlan {
 }  // namespace
 
 void bind_torch_call(py::module_& m) {
-  // A hook may hold the model that holds this plan: the garbage collector has to see through it.
-  const auto collectable = py::custom_type_setup([](PyHeapTypeObject* heap_type) {
-    PyTypeObject* const type = &heap_type->ht_type;
-    type->tp_flags |= Py_TPFLAGS_HAVE_GC;
-    type->tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
-      Py_VISIT(Py_TYPE(self));
-      if (!py::detail::is_holder_constructed(self)) return 0;
-      return py::cast<LinearPlan&>(py::handle(self)).traverse(visit, arg);
-    };
-    type->tp_clear = [](PyObject* self) {
-      if (py::detail::is_holder_constructed(self)) py::cast<LinearPlan&>(py::handle(self)).clear();
-      return 0;
-    };
-  });
-  py::class_<LinearPlan>(m, "LinearPlan", collectable)
-      .def(py::init<std::shared_ptr<PackedWeight>, py::dict, py::list, py::object, py::tuple, py::list, py::list, py::dict,
-                    uintptr_t, float, int32_t>())
+  py::class_<LinearPlan>(m, "LinearPlan", collectable<LinearPlan>())
+      .def(py::init<std::shared_ptr<PackedWeight>, py::list, py::object, py::tuple, py::list, py::list, py::dict, uintptr_t, float,
+                    int32_t>())
       .def("__call__", &LinearPlan::operator());
 }
 

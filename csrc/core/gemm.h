@@ -51,7 +51,7 @@ struct TileArgs {
   float* t;  // [rows][panels * 32]
 };
 
-// c[r][n] = activation(y + bias) + residual, cast to c_type, where without groups
+// c[r][n] = activation(y + bias) * factor + residual, cast to c_type, where without groups
 //   y = (acc - 128 a_sum - a_zero b_sum) * b_scale * a_scale,
 //       acc - 128 sum_k(a) - z sum_k(w) = sum_k (a - z) w,  because  acc = sum_k a (w + 128);
 // and with groups
@@ -68,6 +68,8 @@ struct EpilogueArgs {
   const float* b_total;  // with groups: sum of a channel's weights
   const float* bias;     // may be null
   Activation activation;
+  const float* factor;  // may be null
+  int64_t factor_stride;
   void* c;
   int64_t ldc;
   DType c_type;

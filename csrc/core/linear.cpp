@@ -52,7 +52,6 @@ void run_linear(const PackedWeight& packed, const LinearArgs& args) {
   call.a.x = args.a;
   call.a.ldx = args.lda;
   call.a.x_type = args.a_type;
-  call.a.k = packed.k;
   call.a.static_scale = args.static_scale;
   call.a.static_zero = args.static_zero;
   call.out.bias = args.bias;
@@ -65,7 +64,7 @@ void run_linear(const PackedWeight& packed, const LinearArgs& args) {
   call.out.residual_type = args.residual_type;
   call.m = args.m;
   call.threads = args.threads;
-  gemm(select<GemmKernel>(packed.format.op->kernels, active_isas()), quantize_rows::select(), packed, call);
+  gemm(packed, call);
 }
 
 }  // namespace halfbyte

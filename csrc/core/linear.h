@@ -40,8 +40,9 @@ struct StoredWeight {
 };
 
 // Throw std::invalid_argument.
+PackedWeight pack_float(const void* weight, DType type, int64_t n, int64_t k, int64_t ld, int threads);  // for linear_f32
 PackedWeight pack_linear(const LinearOp& op, const StoredWeight& weight, int threads);
-void unpack_linear(const PackedWeight& packed, void* codes, int64_t ld);
+void unpack_linear(const PackedWeight& packed, void* codes, int64_t ld);  // of integer codes
 
 struct LinearArgs {
   int64_t m;

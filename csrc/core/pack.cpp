@@ -1,11 +1,12 @@
 // Packing of a StoredWeight into panels (layout: core/packed_weight.h), and back.
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 
 #include "core/check.h"
 #include "core/linear.h"
-#include "core/parallel.h"
+#include "core/share.h"
 
 namespace halfbyte {
 namespace {
@@ -17,6 +18,7 @@ constexpr float high_nibble = 16;  // what channels 16-31 of a panel of nibbles 
 float load_float(const void* p, DType type, int64_t i) {
   if (type == DType::f32) return static_cast<const float*>(p)[i];
   const uint16_t h = static_cast<const uint16_t*>(p)[i];
+  if (type == DType::bf16) return std::bit_cast<float>(uint32_t{h} << 16);
   const float magnitude = std::ldexp(static_cast<float>(h & 0x3ff) + ((h >> 10 & 31) ? 1024.0f : 0.0f),
                                      std::max(h >> 10 & 31, 1) - 25);
   const float value = (h >> 10 & 31) == 31 ? ((h & 0x3ff) ? NAN : INFINITY) : magnitude;
@@ -27,6 +29,7 @@ int64_t count_groups(const StoredWeight& w) { return w.group ? (w.k + w.group - 
 
 void check_weight(const LinearOp& op, const StoredWeight& w) {
   const auto valid = [&](bool ok, const auto&... what) { check(ok, "pack_linear(", op.name, "): ", what...); };
+  valid(op.weight_bits <= 8, "takes a float weight: pack_float()");
   valid(w.n >= 0 && w.k >= 0, "negative shape [", w.n, ", ", w.k, "]");
   valid(w.n == 0 || (w.scale && (w.codes || w.k == 0)), "codes or scale have no memory");
   const int64_t row_bytes = op.weight_bits == 8 ? w.k : (w.k + 1) / 2;
@@ -192,7 +195,33 @@ PackedWeight pack_linear(const LinearOp& op, const StoredWeight& w, int threads)
   return packed;
 }
 
+// One group of all k: its sums are floats, which the epilogue takes as they are.
+PackedWeight pack_float(const void* weight, DType type, int64_t n, int64_t k, int64_t ld, int threads) {
+  check(n >= 0 && k >= 0, "pack_float: negative shape [", n, ", ", k, "]");
+  check(n == 0 || k == 0 || weight, "pack_float: the weight has no memory");
+  check(n <= 1 || ld >= k, "pack_float: row stride ", ld, " is below the ", k, " elements of a row");
+  check(type != DType::i32, "pack_float: the weight must be float32, bfloat16 or float16");
+  const int64_t quads = std::max(round_up(k, k_multiple), int64_t{k_multiple}) / quad;
+  PackedWeight packed({.op = &linear_op("linear_f32"), .n = n, .k = k, .bits = 32, .nf4 = false, .group = 0,
+                       .activation_group = quads * quad,
+                       .groups = {.quads = quads, .scale_bytes = 0, .zero_bytes = 0, .minimum_bytes = 0}});
+  parallel(threads > 0 ? threads : default_threads(), [&](Team& team) {
+    const Piece mine = piece(packed.panels(), team);
+    for (int64_t j = mine.begin * panel_width; j < mine.end * panel_width; ++j) {
+      packed.scale()[j] = 1;
+      packed.total()[j] = 0;
+      float* out = reinterpret_cast<float*>(packed.panel(j / panel_width)) + j % panel_width;
+      for (int64_t i = 0; i < packed.k_padded; ++i, out += panel_width) {
+        *out = j < n && i < k ? load_float(weight, type, j * ld + i) : 0.0f;
+      }
+    }
+  });
+  packed.settle();
+  return packed;
+}
+
 void unpack_linear(const PackedWeight& packed, void* codes, int64_t ld) {
+  check(packed.format.bits <= 8, "unpack_linear: a float weight has no codes");
   const bool nibbles = packed.format.bits == 4;
   const GroupFormat& groups = packed.format.groups;
   const int64_t per_group = packed.grouped() ? groups.quads : packed.k_padded / quad;

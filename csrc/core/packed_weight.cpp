@@ -1,6 +1,7 @@
 // Memory of packed weights.
 #include "core/packed_weight.h"
 
+#include <atomic>
 #include <cstdlib>
 #include <new>
 
@@ -12,6 +13,8 @@ namespace halfbyte {
 namespace {
 
 constexpr int64_t line = 64, huge_page = int64_t{2} << 20;
+
+std::atomic<int64_t> allocated{0};
 
 #if defined(__linux__)
 // Not from malloc, which may hand out memory that is already there in small pages: after a program has freed a few big
@@ -32,7 +35,10 @@ uint8_t* map_huge(int64_t bytes) {
 
 }  // namespace
 
+int64_t Buffer::allocations() { return allocated.load(); }
+
 Buffer::Buffer(int64_t bytes) : size_(bytes) {
+  allocated.fetch_add(1, std::memory_order_relaxed);
 #if defined(__linux__)
   if (bytes >= huge_page) {
     const int64_t mapped = round_up(bytes, huge_page);

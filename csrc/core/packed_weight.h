@@ -5,6 +5,7 @@
 //            lie together because one vpdpbusd lane multiplies four.
 //              8 bits   [32 channels][4 k] bytes, code + 128
 //              4 bits   [16 channels][4 k] bytes, channel c in the low half and c + 16 in the high half
+//              float32  [4 k][32 channels]
 //            With groups, each group's lines follow its scales, zero points and minima (core/gemm.h, GroupFormat), so
 //            that a panel is one stream. k is padded to 64 (one AMX tile row), channels to 32, so no kernel has a tail in
 //            k and every load is whole.
@@ -30,6 +31,7 @@ class Buffer {
   uint8_t* data() const { return data_.get(); }
   void settle() const;  // after filling: huge pages that could not be had at first
   int64_t size() const { return size_; }
+  static int64_t allocations();  // made so far, by all threads
 
  private:
   struct Free {
@@ -46,7 +48,7 @@ struct LinearOp;
 struct WeightFormat {
   const LinearOp* op;
   int64_t n, k;
-  int bits;                  // 8 or 4
+  int bits;                  // 8 or 4; 32: float32
   bool nf4;                  // 4-bit codes are indices into the NF4 table
   int64_t group;             // k per scale, zero point and minimum; 0: per channel
   int64_t activation_group;  // k per scale of the activations; 0: per token
@@ -62,7 +64,7 @@ class PackedWeight {
 
   bool grouped() const { return format.groups.quads > 0; }
   int64_t groups() const { return grouped() ? (k_padded / quad + format.groups.quads - 1) / format.groups.quads : 0; }
-  int line_bytes() const { return format.bits == 8 ? byte_line : byte_line / 2; }
+  int line_bytes() const { return byte_line * format.bits / 8; }
   void settle() const { buffer_.settle(); }  // the last step of packing
   int64_t panels() const { return n_padded / panel_width; }
   int64_t panel_bytes() const { return panel_bytes_; }

@@ -87,6 +87,10 @@ HALFBYTE_INLINE I load_i(const int32_t* p) { return _mm256_loadu_si256(reinterpr
 HALFBYTE_INLINE I load_i16(const int16_t* p) {
   return _mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
+HALFBYTE_INLINE I load_i8(const int8_t* p) {
+  return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+HALFBYTE_INLINE I load_i8_n(const int8_t* p, int n) { return _mm256_cvtepi8_epi32(load_small_n<int8_t>(p, n)); }
 HALFBYTE_INLINE void store_i(int32_t* p, I x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
 HALFBYTE_INLINE void store_i_n(int32_t* p, I x, int n) { _mm256_maskstore_epi32(p, first(n), x); }
 HALFBYTE_INLINE void store_i8(int8_t* p, I x) { _mm_storel_epi64(reinterpret_cast<__m128i*>(p), narrow_i8(x)); }
@@ -115,10 +119,62 @@ HALFBYTE_INLINE I shift_right(I a) { return _mm256_srai_epi32(a, n); }
 HALFBYTE_INLINE F to_float(I a) { return _mm256_cvtepi32_ps(a); }
 HALFBYTE_INLINE I to_int(F a) { return _mm256_cvtps_epi32(a); }
 HALFBYTE_INLINE I bits(F a) { return _mm256_castps_si256(a); }
+HALFBYTE_INLINE F from_bits(I a) { return _mm256_castsi256_ps(a); }
+HALFBYTE_INLINE F select_greater(F a, F b, F x, F y) {
+  return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_GT_OQ));
+}
 HALFBYTE_INLINE F pow2(I n) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
 }
 
+HALFBYTE_INLINE void transpose(F (&t)[8]) {
+  F u[8];  // u[4 h + i]: columns 4h .. 4h + 3 of the rows i and i + 4
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    u[i] = _mm256_permute2f128_ps(t[i], t[i + 4], 0x20);
+    u[4 + i] = _mm256_permute2f128_ps(t[i], t[i + 4], 0x31);
+  }
+#pragma GCC unroll 2
+  for (int h = 0; h < 8; h += 4) {
+    const __m256d a = _mm256_castps_pd(_mm256_unpacklo_ps(u[h], u[h + 1]));
+    const __m256d b = _mm256_castps_pd(_mm256_unpackhi_ps(u[h], u[h + 1]));
+    const __m256d c = _mm256_castps_pd(_mm256_unpacklo_ps(u[h + 2], u[h + 3]));
+    const __m256d d = _mm256_castps_pd(_mm256_unpackhi_ps(u[h + 2], u[h + 3]));
+    t[h] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, c));
+    t[h + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, c));
+    t[h + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(b, d));
+    t[h + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(b, d));
+  }
+}
+template <DType D>
+HALFBYTE_INLINE void load_columns(const void* p, int64_t row, F (&x)[8]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) x[i] = load<D>(static_cast<const char*>(p) + i * row);
+  transpose(x);
+}
+HALFBYTE_INLINE void load_columns_i8(const int8_t* p, int64_t row, F (&x)[8]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) x[i] = to_float(load_i8(p + i * row));
+  transpose(x);
+}
+// Shuffles and unpacks work per 128-bit half: the permutes put the halves where the elements belong.
+HALFBYTE_INLINE void split_pairs(F& a, F& b) {
+  const __m256d even = _mm256_castps_pd(_mm256_shuffle_ps(a, b, 0x88));  // pairs of lanes: a0 a2, b0 b2, a4 a6, b4 b6
+  const __m256d odd = _mm256_castps_pd(_mm256_shuffle_ps(a, b, 0xdd));
+  a = _mm256_castpd_ps(_mm256_permute4x64_pd(even, 0xd8));
+  b = _mm256_castpd_ps(_mm256_permute4x64_pd(odd, 0xd8));
+}
+HALFBYTE_INLINE void join_pairs(F& a, F& b) {
+  const F low = _mm256_unpacklo_ps(a, b), high = _mm256_unpackhi_ps(a, b);
+  a = _mm256_permute2f128_ps(low, high, 0x20);
+  b = _mm256_permute2f128_ps(low, high, 0x31);
+}
+HALFBYTE_INLINE F keep(F a, int n) { return _mm256_and_ps(a, _mm256_castsi256_ps(first(n))); }
+HALFBYTE_INLINE float reduce_add(F a) {
+  __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+}
 HALFBYTE_INLINE float reduce_max(F a) {
   __m128 x = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   x = _mm_max_ps(x, _mm_movehl_ps(x, x));

@@ -16,52 +16,69 @@ HALFBYTE_INLINE F load_as(DType type, const void* base, int64_t i, int n) {
   }
 }
 
-// Columns column .. column+n-1 of all rows, n <= width. Column by column, because what belongs to a column (scale, sum,
-// bias) are three vectors that stay in registers, and what belongs to a row are three numbers to broadcast.
-template <Activation A, DType C, bool grouped, bool whole, bool has_bias>
+// Columns from `column` on of all rows: `vectors` whole vectors, or n < width columns. Columns before rows, because what
+// belongs to a column (scale, sum, bias) stays in registers, and what belongs to a row are three numbers to broadcast.
+template <Activation A, DType C, bool grouped, bool has_bias, bool whole, int vectors>
 HALFBYTE_INLINE void finish_columns(const EpilogueArgs& e, int column, int n) {
-  I b_sum = set1_i(0);
-  F b_total = set1(0);
-  if constexpr (grouped) {
-    b_total = load<DType::f32>(e.b_total + column);
-  } else {
-    b_sum = load_i(e.b_sum + column);
-  }
-  const F b_scale = load<DType::f32>(e.b_scale + column);
-  F bias = set1(0);
-  if constexpr (has_bias) bias = whole ? load<DType::f32>(e.bias + column) : load_n<DType::f32>(e.bias + column, n);
-  for (int row = 0; row < e.rows; ++row) {
-    const int64_t at = row * e.ldc + column;
-    F y;
+  constexpr int c_bytes = C == DType::f32 ? 4 : 2;
+  I b_sum[vectors];
+  F b_total[vectors], b_scale[vectors], bias[vectors];
+#pragma GCC unroll 2
+  for (int v = 0; v < vectors; ++v) {
+    const int at = column + v * width;
     if constexpr (grouped) {
-      F t = load<DType::f32>(e.t + row * e.acc_stride + column);
-      if (e.a_zero) t = sub(t, mul(set1(static_cast<float>(e.a_zero[row])), b_total));
-      y = mul(t, b_scale);
-      if (e.a_scale) y = mul(y, set1(e.a_scale[row]));
+      b_total[v] = load<DType::f32>(e.b_total + at);
     } else {
-      const I row_sum = set1_i(static_cast<int32_t>(static_cast<uint32_t>(e.a_sum[row]) * 128u));
-      I acc = load_i(e.acc + row * e.acc_stride + column);
-      acc = sub_i(acc, add_i(row_sum, mul_i(set1_i(e.a_zero[row]), b_sum)));
-      if constexpr (C == DType::i32) {
-        int32_t* c = static_cast<int32_t*>(e.c) + at;
-        if constexpr (whole) {
-          store_i(c, acc);
-        } else {
-          store_i_n(c, acc, n);
-        }
-        continue;
-      }
-      y = mul(mul(to_float(acc), b_scale), set1(e.a_scale[row]));
+      b_sum[v] = load_i(e.b_sum + at);
     }
-    if constexpr (C != DType::i32) {
-      if constexpr (has_bias) y = add(y, bias);
-      y = activate<A>(y);
-      if (e.residual) y = add(y, load_as(e.residual_type, e.residual, row * e.ldr + column, n));
-      char* c = static_cast<char*>(e.c) + at * (C == DType::f32 ? 4 : 2);
-      if constexpr (whole) {
-        store<C>(c, y);
+    b_scale[v] = load<DType::f32>(e.b_scale + at);
+    if constexpr (has_bias) bias[v] = whole ? load<DType::f32>(e.bias + at) : load_n<DType::f32>(e.bias + at, n);
+  }
+  for (int row = 0; row < e.rows; ++row) {
+    I row_sum = set1_i(0), zero = row_sum;
+    F scale = set1(0), minus = scale;
+    if constexpr (grouped) {
+      if (e.a_zero) minus = set1(static_cast<float>(e.a_zero[row]));
+      if (e.a_scale) scale = set1(e.a_scale[row]);
+    } else {
+      row_sum = set1_i(static_cast<int32_t>(static_cast<uint32_t>(e.a_sum[row]) * 128u));
+      zero = set1_i(e.a_zero[row]);
+      scale = set1(e.a_scale[row]);
+    }
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; ++v) {
+      const int at = column + v * width;
+      F y;
+      if constexpr (grouped) {
+        F t = load<DType::f32>(e.t + row * e.acc_stride + at);
+        if (e.a_zero) t = sub(t, mul(minus, b_total[v]));
+        y = mul(t, b_scale[v]);
+        if (e.a_scale) y = mul(y, scale);
       } else {
-        store_n<C>(c, y, n);
+        I acc = load_i(e.acc + row * e.acc_stride + at);
+        acc = sub_i(acc, add_i(row_sum, mul_i(zero, b_sum[v])));
+        if constexpr (C == DType::i32) {
+          int32_t* c = static_cast<int32_t*>(e.c) + row * e.ldc + at;
+          if constexpr (whole) {
+            store_i(c, acc);
+          } else {
+            store_i_n(c, acc, n);
+          }
+          continue;
+        }
+        y = mul(mul(to_float(acc), b_scale[v]), scale);
+      }
+      if constexpr (C != DType::i32) {
+        if constexpr (has_bias) y = add(y, bias[v]);
+        y = activate<A>(y);
+        if (e.factor) y = mul(y, load_n<DType::f32>(e.factor + row * e.factor_stride + at, n));
+        if (e.residual) y = add(y, load_as(e.residual_type, e.residual, row * e.ldr + at, n));
+        char* c = static_cast<char*>(e.c) + (row * e.ldc + at) * c_bytes;
+        if constexpr (whole) {
+          store<C>(c, y);
+        } else {
+          store_n<C>(c, y, n);
+        }
       }
     }
   }
@@ -70,9 +87,13 @@ HALFBYTE_INLINE void finish_columns(const EpilogueArgs& e, int column, int n) {
 template <Activation A, DType C, bool grouped, bool has_bias>
 void finish_tile(const EpilogueArgs& args) {
   const EpilogueArgs e = args;  // a copy, or the compiler must think that a store to c changes it
+  constexpr int at_once = width == 1 ? 1 : 2;
   int column = 0;
-  for (; column + width <= e.columns; column += width) finish_columns<A, C, grouped, true, has_bias>(e, column, width);
-  if (column < e.columns) finish_columns<A, C, grouped, false, has_bias>(e, column, e.columns - column);
+  for (; column + at_once * width <= e.columns; column += at_once * width) {
+    finish_columns<A, C, grouped, has_bias, true, at_once>(e, column, width);
+  }
+  for (; column + width <= e.columns; column += width) finish_columns<A, C, grouped, has_bias, true, 1>(e, column, width);
+  if (column < e.columns) finish_columns<A, C, grouped, has_bias, false, 1>(e, column, e.columns - column);
 }
 
 template <Activation A, DType C, bool grouped>

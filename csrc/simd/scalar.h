@@ -6,6 +6,12 @@
 //   load<D>, store<D>, *_n    from and to memory in storage type D (f32, bf16, f16), the *_n forms for n < width
 //   max(a, b)     a > b ? a : b, like the x86 instruction: b when either is NaN
 //   to_int        rounds half to even
+//   keep(a, n)    the first n elements of a, 0 in the place of the others; n = 0 .. width
+//   split_pairs(a, b)   a, b = 2 width elements in a row -> the even ones, the odd ones; join_pairs is the inverse
+//   select_greater(a, b, x, y)  a > b ? x : y
+//   transpose(t)                columns of a square of width vectors
+//   load_columns<D>, load_columns_i8 (p, row, x)  columns 0 .. 7 of `width` rows that lie `row` bytes apart
+//   reduce_add(a) adds the halves of a, a[j] + a[j + width/2], then the halves of that, until one number is left
 #pragma once
 #include <cmath>
 #include <cstring>
@@ -82,6 +88,8 @@ inline void store_n(void* p, F x, int) { store<D>(p, x); }
 
 inline I load_i(const int32_t* p) { return *p; }
 inline I load_i16(const int16_t* p) { return *p; }
+inline I load_i8(const int8_t* p) { return *p; }
+inline I load_i8_n(const int8_t* p, int) { return *p; }
 inline void store_i(int32_t* p, I x) { *p = x; }
 inline void store_i_n(int32_t* p, I x, int) { *p = x; }
 inline void store_i8(int8_t* p, I x) { *p = static_cast<int8_t>(x); }
@@ -111,8 +119,22 @@ inline I shift_right(I a) { return a >> n; }  // arithmetic
 inline F to_float(I a) { return static_cast<float>(a); }
 inline I to_int(F a) { return static_cast<I>(std::lrintf(a)); }
 inline I bits(F a) { return static_cast<I>(bits_of(a)); }
+inline F from_bits(I a) { return float_of(static_cast<uint32_t>(a)); }
+inline F select_greater(F a, F b, F x, F y) { return a > b ? x : y; }
 inline F pow2(I n) { return float_of(static_cast<uint32_t>(n + 127) << 23); }
 
+inline void transpose(F (&)[1]) {}
+template <DType D>
+inline void load_columns(const void* p, int64_t, F (&x)[8]) {
+  for (int c = 0; c < 8; ++c) x[c] = load<D>(static_cast<const char*>(p) + c * (D == DType::f32 ? 4 : 2));
+}
+inline void load_columns_i8(const int8_t* p, int64_t, F (&x)[8]) {
+  for (int c = 0; c < 8; ++c) x[c] = static_cast<float>(p[c]);
+}
+inline void split_pairs(F&, F&) {}
+inline void join_pairs(F&, F&) {}
+inline F keep(F a, int n) { return n > 0 ? a : 0.0f; }
+inline float reduce_add(F a) { return a; }
 inline float reduce_max(F a) { return a; }
 inline float reduce_min(F a) { return a; }
 inline int32_t reduce_max_i(I a) { return a; }

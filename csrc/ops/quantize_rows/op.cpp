@@ -23,7 +23,7 @@ constexpr int64_t elements_per_thread = 32 * 1024;
 }  // namespace
 
 int Args::parts() const { return bits == 16 && !wide ? 2 : 1; }
-int64_t Args::code_bytes() const { return wide ? 2 : 1; }
+int64_t Args::code_bytes() const { return bits == 32 ? 4 : wide ? 2 : 1; }
 int64_t Args::codes_per_row() const { return k_padded * parts(); }
 int64_t Args::scales_per_row() const { return scale_per_group ? sums_per_row() / parts() : 1; }
 int64_t Args::sums_per_row() const {

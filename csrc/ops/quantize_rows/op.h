@@ -31,7 +31,7 @@ struct Args {
   int64_t k_padded;  // codes k .. k_padded-1 are set to 0
   void* codes;
   int64_t ldc;  // codes between rows
-  int bits;     // 8, or 16 (symmetric, in groups)
+  int bits;     // 8, or 16 (symmetric, in groups); 32: no codes but x itself, as float32
   bool wide;    // int16 codes (the avx2 GEMM multiplies 16-bit numbers); otherwise int8, two per element where bits is 16
   int64_t group;         // k per sum; 0: all of a row
   bool scale_per_group;  // then symmetric and without zero

@@ -182,9 +182,24 @@ void quantize_row(const Args& args, int64_t row) {
 }
 
 template <DType D>
+void convert_row(const Args& args, int64_t row) {
+  const char* const x = element<D>(args.x, row * args.ldx);
+  float* const out = static_cast<float*>(args.codes) + row * args.ldc;
+  int64_t i = 0;
+  for (; i + width <= args.k; i += width) store<DType::f32>(out + i, load<D>(element<D>(x, i)));
+  if (i < args.k) {
+    const int n = static_cast<int>(args.k - i);
+    store_n<DType::f32>(out + i, load_n<D>(element<D>(x, i), n), n);
+  }
+  memset(out + args.k, 0, static_cast<size_t>(args.k_padded - args.k) * sizeof(float));
+}
+
+template <DType D>
 void quantize_typed(const Args& args, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
-    if (args.wide) {
+    if (args.bits == 32) {
+      convert_row<D>(args, row);
+    } else if (args.wide) {
       quantize_row<D, Layout::wide>(args, row);
     } else if (args.bits == 16) {
       quantize_row<D, Layout::split>(args, row);
