@@ -50,6 +50,8 @@ GOLDEN = {
     "linear_w4a16": PRODUCTS,
     "quantize_rows": CONVERSIONS,
     "embedding": CONVERSIONS,
+    "norm": CONVERSIONS,
+    "rope": CONVERSIONS,
 }
 
 

@@ -44,10 +44,35 @@ void bind_linear(py::module_& m) {
       "linear",
       [](const PackedWeight& packed, int64_t rows, uintptr_t a, int64_t lda, int a_type, uintptr_t c, int64_t ldc,
          int c_type, uintptr_t bias, int activation_code, uintptr_t residual, int64_t ldr, int residual_type,
-         float static_scale, int32_t static_zero, int threads) {
+         float static_scale, int32_t static_zero, int threads, const PackedWeight* gate, uintptr_t gate_bias) {
         run_linear(packed, {rows, pointer<const void>(a), lda, dtype(a_type), pointer<void>(c), ldc, dtype(c_type),
                             pointer<const float>(bias), activation(activation_code), pointer<const void>(residual), ldr,
-                            dtype(residual_type), static_scale, static_zero, threads});
+                            dtype(residual_type), static_scale, static_zero, threads, gate, pointer<const float>(gate_bias)});
+      },
+      py::arg("packed"), py::arg("m"), py::arg("a"), py::arg("lda"), py::arg("a_dtype"), py::arg("c"), py::arg("ldc"),
+      py::arg("c_dtype"), py::arg("bias"), py::arg("activation"), py::arg("residual"), py::arg("ldr"),
+      py::arg("residual_dtype"), py::arg("static_scale"), py::arg("static_zero"), py::arg("threads"),
+      py::arg("gate") = nullptr, py::arg("gate_bias") = 0, py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "linears",
+      [](const std::vector<std::tuple<std::shared_ptr<PackedWeight>, uintptr_t, int64_t, uintptr_t>>& weights, int64_t rows,
+         uintptr_t a, int64_t lda, int a_type, int c_type, int activation_code, float static_scale, int32_t static_zero,
+         int threads) {
+        std::vector<LinearOutput> outputs;
+        for (const auto& [packed, c, ldc, bias] : weights) {
+          outputs.push_back({packed.get(), pointer<void>(c), ldc, pointer<const float>(bias)});
+        }
+        LinearArgs args{};
+        args.m = rows;
+        args.a = pointer<const void>(a);
+        args.lda = lda;
+        args.a_type = dtype(a_type);
+        args.c_type = dtype(c_type);
+        args.activation = activation(activation_code);
+        args.static_scale = static_scale;
+        args.static_zero = static_zero;
+        args.threads = threads;
+        run_linears(outputs, args);
       },
       py::call_guard<py::gil_scoped_release>());
 }

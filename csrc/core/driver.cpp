@@ -21,32 +21,31 @@ thread_local Workspace workspace;  // the quantized chunk
 
 }  // namespace
 
-void gemm(const PackedWeight& packed, GemmCall call) {
+void gemm(std::span<const Product> products, quantize_rows::Args a, int64_t m, int threads) {
+  const PackedWeight& packed = *products[0].packed;
   const GemmKernel& kernel = kernel_of(packed, active_isas());
   const quantize_rows::Kernel& quantizer = quantize_rows::select();
-  quantize_rows::Args& a = call.a;
   describe_codes(kernel, packed, a);
   const int64_t mr = (packed.grouped() ? kernel.grouped : kernel.plain).alone, row_bytes = a.ldc * a.code_bytes();
   const int64_t affordable = chunk_bytes / std::max<int64_t>(1, row_bytes) / mr * mr;
-  const int64_t chunk = std::min(call.m, std::max(mr, affordable));
+  const int64_t chunk = std::min(m, std::max(mr, affordable));
   place_codes(a, chunk, workspace.reserve(bytes_of_codes(a, chunk)));
 
-  const Product product{&packed, call.out};
-  const int threads = useful_threads(kernel, {&product, 1}, call.m, call.threads > 0 ? call.threads : default_threads());
+  threads = useful_threads(kernel, products, m, threads > 0 ? threads : default_threads());
   Share few[8];
   std::unique_ptr<Share[]> many(threads > 8 ? new Share[threads] : nullptr);
   parallel(threads, [&](Team& team) {
     Shares shares(many ? many.get() : few);
-    for (int64_t first = 0; first < call.m; first += chunk) {
-      const int64_t rows = std::min(chunk, call.m - first);
+    for (int64_t first = 0; first < m; first += chunk) {
+      const int64_t rows = std::min(chunk, m - first);
       quantize_rows::Args mine = a;
       mine.x = static_cast<const char*>(a.x) + first * a.ldx * (a.x_type == DType::f32 ? 4 : 2);
-      const Multiplication multiplication(kernel, {&product, 1}, mine, first, rows, team.size);
+      const Multiplication multiplication(kernel, products, mine, first, rows, team.size);
       const Piece r = multiplication.rows_to_quantize(team);
       quantizer.rows(mine, r.begin, r.end);
       shares.next_phase(team);
       multiplication.run(team, shares);
-      if (first + chunk < call.m) team.barrier();
+      if (first + chunk < m) team.barrier();
     }
   });
 }

@@ -25,12 +25,41 @@ void check_args(const PackedWeight& packed, const LinearArgs& args) {
   check(!args.residual || args.residual_type != DType::i32, op, ": the residual must be a float type");
   check(!args.residual || args.m <= 1 || args.ldr >= packed.n || args.ldr == 0, op,
         ": rows of the residual overlap: stride ", args.ldr, " for ", packed.n, " elements");
+  check(!args.gate || (same_codes(packed, *args.gate) && packed.n == args.gate->n), op,
+        ": the gate must have the shape and scheme of the weight");
+  check(!args.gate || args.c_type != DType::i32, op, ": a gated product has no int32 output");
   if (args.static_scale == 0) return;
   check(packed.format.activation_group == 0, op, ": activations are scaled per group here; a static scale is per tensor");
   check(std::isfinite(args.static_scale) && args.static_scale >= 0x1p-100f, op,
         ": a static scale must be finite and at least 2^-100, got ", args.static_scale);
   check(args.static_zero >= -128 && args.static_zero <= 127, op, ": a static zero point must lie in [-128, 127], got ",
         args.static_zero);
+}
+
+quantize_rows::Args input_of(const LinearArgs& args) {
+  quantize_rows::Args a{};
+  a.x = args.a;
+  a.ldx = args.lda;
+  a.x_type = args.a_type;
+  a.static_scale = args.static_scale;
+  a.static_zero = args.static_zero;
+  return a;
+}
+
+Product product_of(const PackedWeight& packed, const LinearArgs& args) {
+  Product p{};
+  p.packed = &packed;
+  p.out.bias = args.bias;
+  p.out.activation = args.activation;
+  p.out.c = args.c;
+  p.out.ldc = args.ldc;
+  p.out.c_type = args.c_type;
+  p.out.residual = args.residual;
+  p.out.ldr = args.ldr;
+  p.out.residual_type = args.residual_type;
+  p.gate = args.gate;
+  p.gate_bias = args.gate_bias;
+  return p;
 }
 
 }  // namespace
@@ -48,23 +77,28 @@ const LinearOp& linear_op(const std::string& name) {
 void run_linear(const PackedWeight& packed, const LinearArgs& args) {
   check_args(packed, args);
   if (args.m == 0 || packed.n == 0) return;
-  GemmCall call{};
-  call.a.x = args.a;
-  call.a.ldx = args.lda;
-  call.a.x_type = args.a_type;
-  call.a.static_scale = args.static_scale;
-  call.a.static_zero = args.static_zero;
-  call.out.bias = args.bias;
-  call.out.activation = args.activation;
-  call.out.c = args.c;
-  call.out.ldc = args.ldc;
-  call.out.c_type = args.c_type;
-  call.out.residual = args.residual;
-  call.out.ldr = args.ldr;
-  call.out.residual_type = args.residual_type;
-  call.m = args.m;
-  call.threads = args.threads;
-  gemm(packed, call);
+  const Product product = product_of(packed, args);
+  gemm({&product, 1}, input_of(args), args.m, args.threads);
+}
+
+void run_linears(std::span<const LinearOutput> outputs, const LinearArgs& args) {
+  check(!outputs.empty() && outputs.size() <= max_products, "linears: takes 1 to ", max_products, " weights, not ",
+        outputs.size());
+  check(!args.residual && !args.gate, "linears: takes no residual and no gate");
+  Product products[max_products];
+  int64_t columns = 0;
+  for (size_t i = 0; i < outputs.size(); ++i) {
+    const LinearOutput& out = outputs[i];
+    check(same_codes(*out.packed, *outputs[0].packed), "linears: weight ", i, " quantizes x in another way than weight 0");
+    LinearArgs own = args;
+    own.c = out.c;
+    own.ldc = out.ldc;
+    own.bias = out.bias;
+    check_args(*out.packed, own);
+    products[i] = product_of(*out.packed, own);
+    columns += out.packed->n;
+  }
+  if (args.m > 0 && columns > 0) gemm({products, outputs.size()}, input_of(args), args.m, args.threads);
 }
 
 }  // namespace halfbyte

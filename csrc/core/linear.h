@@ -60,9 +60,22 @@ struct LinearArgs {
   float static_scale;  // 0: dynamic
   int32_t static_zero;
   int threads;  // 0: default
+  // Of a gated product, c = (x W^T + bias) * activation(x G^T + gate_bias) + residual: G, of the shape and format of W.
+  const PackedWeight* gate;  // null: none
+  const float* gate_bias;
 };
 
-// Throws std::invalid_argument.
+// One where the sums of another weight on the same rows go to.
+struct LinearOutput {
+  const PackedWeight* packed;
+  void* c;
+  int64_t ldc;
+  const float* bias;  // may be null
+};
+
+// Throw std::invalid_argument.
 void run_linear(const PackedWeight& packed, const LinearArgs& args);
+// Several weights on one x (query, key and value), which is quantized once: `args` without c, ldc, bias, residual and gate.
+void run_linears(std::span<const LinearOutput> outputs, const LinearArgs& args);
 
 }  // namespace halfbyte

@@ -188,6 +188,7 @@ void Multiplication::run(const Team& team, const Shares& shares) const {
     const Product* product = products.data();
     int64_t first = 0;  // group of the product
     for (int64_t g = begin; g < end; ++g) {
+      // The product that the group is of; one without columns has none.
       for (int64_t own; g >= first + (own = ceil_div(product->packed->panels(), group)); ++product) first += own;
       const int64_t panel = (g - first) * group;
       const int count = static_cast<int>(std::min(group, product->packed->panels() - panel));

@@ -8,6 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 
 from . import _core
+from .attention import QuantizedKV, attention, quantize_kv
 from .dispatch import cpu_features, force_isa, get_num_threads, kernels, set_num_threads
 from .errors import (
     DeviceError,
@@ -20,7 +21,8 @@ from .errors import (
     SchemeError,
     ShapeError,
 )
-from .ops import linear
+from .norms import layernorm, layernorm_quantize, rmsnorm, rmsnorm_quantize, rope
+from .ops import gated_linear, gated_mlp, linear, linears
 from .pack import PackedWeight, pack
 from .quantize import RowQuantized, dequantize, quantize, quantize_rows
 from .quantized_tensor import QuantizedTensor
@@ -43,8 +45,16 @@ _NEED_TORCH = {
     "read_gguf": "gguf",
     "read_checkpoint": "checkpoints",
     "load_quantized_": "loading",
+    "fuse_": "fuse",
+    "unfuse_": "fuse",
+    "fusion_report": "fuse",
+    "FusionReport": "fuse",
+    "generate": "generation",
+    "KVCache": "fuse.cache",
     "summary": "report",
     "Summary": "report",
+    "profile": "profiling",
+    "Profile": "profiling",
 }
 
 __all__ = [
@@ -56,21 +66,32 @@ __all__ = [
     "ModelError",
     "NonFiniteError",
     "PackedWeight",
+    "QuantizedKV",
     "QuantizedTensor",
     "RowQuantized",
     "Scheme",
     "SchemeError",
     "ShapeError",
     "__version__",
+    "attention",
     "cpu_features",
     "dequantize",
     "force_isa",
+    "gated_linear",
+    "gated_mlp",
     "get_num_threads",
     "kernels",
+    "layernorm",
+    "layernorm_quantize",
     "linear",
+    "linears",
     "pack",
     "quantize",
+    "quantize_kv",
     "quantize_rows",
+    "rmsnorm",
+    "rmsnorm_quantize",
+    "rope",
     "set_num_threads",
     *_NEED_TORCH,
 ]

@@ -2,8 +2,8 @@
 ld_bytes); the caller keeps them alive, and passes 0 for one that is not there.
 
 dtype codes: 0 float32, 1 bfloat16, 2 float16, 3 int32. activation codes: 0 none, 1 relu, 2 gelu, 3 gelu_tanh,
-4 silu. Bad arguments raise ValueError, an id outside an embedding IndexError, an instruction set that this
-machine lacks RuntimeError.
+4 silu. Bad arguments raise ValueError, an id or a position outside its table IndexError, an instruction set
+that this machine lacks RuntimeError.
 """
 
 class PackedWeight:
@@ -82,6 +82,20 @@ def linear(
     static_scale: float,
     static_zero: int,
     threads: int,
+    gate: PackedWeight | None = None,
+    gate_bias: int = 0,
+) -> None: ...
+def linears(
+    weights: list[tuple[PackedWeight, int, int, int]],  # with the addresses of output and bias, and a stride
+    m: int,
+    a: int,
+    lda: int,
+    a_dtype: int,
+    c_dtype: int,
+    activation: int,
+    static_scale: float,
+    static_zero: int,
+    threads: int,
 ) -> None: ...
 def embedding(
     codes: int,
@@ -104,11 +118,94 @@ def embedding(
     threads: int,
 ) -> None: ...
 
+def norm(
+    rms: bool,
+    m: int,
+    k: int,
+    x: int,
+    ldx: int,
+    x_dtype: int,
+    residual: int,
+    ldr: int,
+    residual_dtype: int,
+    weight: int,
+    bias: int,
+    eps: float,
+    sum_out: int,
+    lds: int,
+    sum_dtype: int,
+    out: int,
+    ldo: int,
+    out_dtype: int,
+    codes: int,
+    ldc: int,
+    scale: int,
+    zero: int,
+    sum: int,
+    symmetric: bool,
+    static_scale: float,
+    static_zero: int,
+    group: int,
+    wide16: bool,
+    threads: int,
+) -> None: ...
+def rope(
+    m: int,
+    tokens: int,
+    heads: int,
+    head_size: int,
+    x: int,
+    x_dtype: int,
+    x_strides: tuple[int, int, int],  # of a batch, a row and a head
+    out: int,
+    out_dtype: int,
+    out_strides: tuple[int, int, int],
+    rotary_dims: int,
+    interleaved: bool,
+    cos: int,
+    sin: int,
+    table: int,
+    positions: int,
+    first_position: int,
+    threads: int,
+) -> None: ...
+
+def attention(
+    batch: int,
+    queries: int,
+    keys: int,
+    heads: int,
+    kv_heads: int,
+    head_size: int,
+    q: int,
+    q_strides: tuple[int, int, int],  # of a sequence, a row and a head, in elements, as the others
+    q_dtype: int,
+    k: int,
+    k_strides: tuple[int, int, int],
+    v: int,
+    v_strides: tuple[int, int, int],
+    kv_storage: int,  # 0 float32, 1 bfloat16, 2 float16, 3 int8
+    k_scale: int,
+    k_scale_strides: tuple[int, int, int],
+    v_scale: int,
+    v_scale_strides: tuple[int, int, int],
+    scale: float,
+    causal: bool,
+    offset: int,
+    window: int,
+    mask: int,
+    mask_kind: int,  # 0 none, 1 float32 that is added, 2 bytes, true where a query sees a key
+    mask_strides: tuple[int, int, int, int],  # of a sequence, a head, a query and a key
+    out: int,
+    out_strides: tuple[int, int, int],
+    out_dtype: int,
+    threads: int,
+) -> None: ...
+
 class LinearPlan:
     """The short way of QLinear.forward: checks, output and kernel in one call; None where it does not apply.
 
-    watched: (buffer name, tensor or None, its version or -1); a buffer that is another one now, or was
-    changed in place, makes the plan stale. recorders: functions that return something true while a mode or a
+    watched: entries as Watch takes them; what has changed makes the plan stale. recorders: functions that return something true while a mode or a
     tracer has to see the call. forward_ad: the variables of torch.autograd.forward_ad. hooks: dictionaries
     that are empty unless a hook has to run.
     """
@@ -116,8 +213,7 @@ class LinearPlan:
     def __init__(
         self,
         packed: PackedWeight,
-        buffers: dict[str, object],
-        watched: list[tuple[str, object, int]],
+        watched: list[tuple[dict, str, object, int]],
         tensor_type: type,
         dtypes: tuple[object, object, object],
         recorders: list[object],
@@ -128,3 +224,65 @@ class LinearPlan:
         static_zero: int,
     ) -> None: ...
     def __call__(self, x: object, activation: int, threads: int, hooks_checked: bool) -> object | None: ...
+
+class Watch:
+    """Notices changes. entries: (dictionary, key, object or None, version): an object that is another one now,
+    or a tensor with other memory (version >= -1) or another version (>= 0). empty: dictionaries of hooks.
+    """
+
+    def __init__(self, entries: list[tuple[dict, str, object, int]], empty: list[dict]) -> None: ...
+    def unchanged(self) -> bool: ...
+
+class Stack:
+    """Transformer blocks, packed. Norms: (weight, bias, eps); linears: (packed, bias, static scale, static zero);
+    vectors are addresses of float32, 0 where there is none, which the caller keeps alive.
+    """
+
+    def __init__(
+        self,
+        *,
+        hidden: int,
+        heads: int,
+        kv_heads: int,
+        head_size: int,
+        scale: float,
+        pre_norm: bool,
+        rms: bool,
+        causal: bool,
+        window: int,
+        activation: int,
+        rotary_dims: int,
+        interleaved: bool,
+        first_norm: tuple[int, int, float] | None,
+        last_norm: tuple[int, int, float] | None,
+        blocks: list[dict],
+    ) -> None: ...
+
+class StackCall:
+    """Calls a stack, with a cache or without one: a dictionary of addresses, strides and sizes."""
+
+    def __init__(self, stack: Stack, cache: dict[str, int] | None = None) -> None: ...
+    def __call__(
+        self,
+        x: int,
+        ldx: int,
+        x_dtype: int,
+        out: int,
+        ldo: int,
+        out_dtype: int,
+        batch: int,
+        tokens: int,
+        mask: tuple[int, int, int, int, int, int] | None,  # address, 1 added or 2 boolean, strides
+        past: int,
+        positions: int,
+        cos: int,
+        sin: int,
+        table_rows: int,
+        first_block: int,
+        last_block: int,
+        events: int,  # room for so many; 0: not profiled
+        threads: int,
+    ) -> list[tuple[int, int, int, int, int]] | None: ...
+
+def pack_float(weight: int, dtype: int, n: int, k: int, ld: int, threads: int = 0) -> PackedWeight: ...
+def buffer_allocations() -> int: ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from . import _core
@@ -13,6 +14,7 @@ from .quantize import check_static, check_takes_static
 from .scheme import Scheme
 
 _W8A8 = Scheme(8, 8)
+_MOST_LINEARS = 3
 ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 
 
@@ -39,13 +41,154 @@ def linear(
     Returns [..., n], contiguous. A row of x with a NaN or an infinity gives a row of NaN. Not differentiable:
     QLinear is. Raises DTypeError (TypeError), ShapeError, DeviceError or ValueError.
     """
+    _check_inference(x, "linear")
+    return run_linear(x, packed, bias, activation, residual, out_dtype, static)
+
+
+def gated_linear(
+    x: Array,
+    packed: PackedWeight,
+    gate: PackedWeight,
+    bias: Array | None = None,
+    gate_bias: Array | None = None,
+    *,
+    activation: str = "silu",
+    residual: Array | None = None,
+    out_dtype: Any = None,
+    static: tuple[float, int] | None = None,
+) -> Array:
+    """`(x @ weight.T + bias) * activation(x @ gate.T + gate_bias) + residual`, x quantized once: the first half
+    of a gated MLP (Shazeer 2020, arXiv:2002.05202), SwiGLU with silu.
+
+    gate: of the shape and scheme of `packed`. The rest as for `linear`; the product is one float32
+    multiplication. Raises what `linear` does.
+    """
+    _check_inference(x, "gated_linear")
+    if not isinstance(gate, PackedWeight):
+        raise DTypeError(f"gate must be a PackedWeight, not {type(gate).__name__}")
+    if isinstance(packed, PackedWeight) and (gate.shape, gate.scheme) != (packed.shape, packed.scheme):
+        raise ShapeError(
+            f"gate is {gate.shape} in {gate.scheme}; it must be {packed.shape} in {packed.scheme} like the weight"
+        )
+    return run_linear(x, packed, bias, activation, residual, out_dtype, static, gate, gate_bias)
+
+
+def gated_mlp(
+    x: Array,
+    up: PackedWeight,
+    gate: PackedWeight,
+    down: PackedWeight,
+    *,
+    activation: str = "silu",
+    residual: Array | None = None,
+) -> Array:
+    """`down((x @ up.T) * activation(x @ gate.T)) + residual`: `gated_linear`, then `linear`. x: [..., k]."""
+    return linear(gated_linear(x, up, gate, activation=activation), down, residual=residual)
+
+
+def linears(
+    x: Array,
+    packed: Sequence[PackedWeight],
+    biases: Sequence[Array | None] | None = None,
+    *,
+    activation: str = "none",
+    static: tuple[float, int] | None = None,
+) -> list[Array]:
+    """`[activation(x @ weight.T + bias) for ...]` of up to three weights, such as query, key and value, whose
+    input is quantized once and whose products are one multiplication. x: [..., k].
+
+    packed: of one scheme and one k; otherwise ShapeError. biases: one per weight, or None. The rest as for
+    `linear`, whose results these are.
+    """
+    _check_inference(x, "linears")
+    if not packed or len(packed) > _MOST_LINEARS:
+        raise ShapeError(f"linears takes 1 to {_MOST_LINEARS} weights, not {len(packed)}")
+    biases = [None] * len(packed) if biases is None else list(biases)
+    if len(biases) != len(packed):
+        raise ShapeError(f"there are {len(biases)} biases for {len(packed)} weights")
+    calls = [_Call(x, p, b, activation, static) for p, b in zip(packed, biases, strict=True)]
+    first = calls[0]
+    for p in packed[1:]:
+        if (p.shape[1], p.scheme) != (packed[0].shape[1], packed[0].scheme):
+            raise ShapeError(
+                f"a weight is {p.shape} in {p.scheme}; all must be of {packed[0].shape[1]} input features and of "
+                f"{packed[0].scheme} like the first"
+            )
+    kind = first.kind
+    outs = [kind.empty((*x.shape[:-1], p.shape[0]), x.dtype) for p in packed]
+    rows, ld = kind.rows(x, packed[0].shape[1])
+    weights = [
+        (p.core, kind.pointer(out), p.shape[0], call.bias_pointer)
+        for p, out, call in zip(packed, outs, calls, strict=True)
+    ]
+    with isa_errors:
+        _core.linears(
+            weights,
+            len(rows),
+            kind.pointer(rows),
+            ld,
+            first.x_code,
+            first.x_code,
+            ACTIVATIONS[activation],
+            *first.static,
+            kind.threads(),
+        )
+    return outs
+
+
+def _check_inference(x: Array, what: str) -> None:
     kind = kind_of(x, "x")
     if getattr(x, "requires_grad", False) and kind.torch.is_grad_enabled():
         raise ValueError(
-            "linear: x requires a gradient, which this function does not record; use a QLinear, or call "
+            f"{what}: x requires a gradient, which this function does not record; use a QLinear, or call "
             "it under torch.no_grad()"
         )
-    return run_linear(x, packed, bias, activation, residual, out_dtype, static)
+
+
+class _Call:
+    """The arguments of a linear op, checked."""
+
+    def __init__(
+        self,
+        x: Array,
+        packed: PackedWeight,
+        bias: Array | None,
+        activation: str,
+        static: tuple[float, int] | None,
+    ):
+        self.kind = kind = kind_of(x, "x")
+        self.x_code = float_code(kind, x.dtype, "x")
+        if not isinstance(packed, PackedWeight):
+            raise DTypeError(
+                f"linear takes the PackedWeight that pack() returns, not {type(packed).__name__}"
+            )
+        n, k = packed.shape
+        if x.ndim == 0 or x.shape[-1] != k:
+            raise ShapeError(
+                f"x has the shape {tuple(x.shape)}; its last dimension must be the {k} input features of the "
+                "weight"
+            )
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation {activation!r} is none of: {', '.join(ACTIVATIONS)}")
+        self.static = (0.0, 0)
+        if static is not None:
+            check_takes_static(packed.scheme)
+            self.static = check_static(static)
+        self.bias = self.vector(bias, n, "bias")
+
+    def vector(self, vector: Array | None, n: int, what: str) -> Array | None:
+        """A bias as float32."""
+        if vector is None:
+            return None
+        check_vector(self.kind, vector, n, what, "x")
+        return self.kind.cast(vector, self.kind.float32)
+
+    def address(self, array: Array | None) -> int:
+        return 0 if array is None else self.kind.pointer(array)
+
+    @property
+    def bias_pointer(self) -> int:
+        return self.address(self.bias)
 
 
 def run_linear(
@@ -56,25 +199,17 @@ def run_linear(
     residual: Array | None,
     out_dtype: Any,
     static: tuple[float, int] | None,
+    gate: PackedWeight | None = None,
+    gate_bias: Array | None = None,
 ) -> Array:
     """`linear` below autograd: every argument check, then the kernel."""
-    kind = kind_of(x, "x")
-    x_code = float_code(kind, x.dtype, "x")
-    if not isinstance(packed, PackedWeight):
-        raise DTypeError(f"linear takes the PackedWeight that pack() returns, not {type(packed).__name__}")
-    n, k = packed.shape
-    if x.ndim == 0 or x.shape[-1] != k:
-        raise ShapeError(
-            f"x has the shape {tuple(x.shape)}; its last dimension must be the {k} input features of the "
-            "weight"
-        )
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation {activation!r} is none of: {', '.join(ACTIVATIONS)}")
+    call = _Call(x, packed, bias, activation, static)
+    kind, (n, k) = call.kind, packed.shape
     out_dtype = x.dtype if out_dtype is None else kind.dtype(out_dtype)
     if out_dtype == kind.int32:
-        if bias is not None or residual is not None or activation != "none":
+        if bias is not None or residual is not None or activation != "none" or gate is not None:
             raise ValueError(
-                "an int32 output is the bare accumulator: it takes no bias, activation or residual"
+                "an int32 output is the bare accumulator: it takes no bias, activation, residual or gate"
             )
         if packed.scheme != _W8A8:
             raise ValueError(
@@ -84,14 +219,7 @@ def run_linear(
         out_code = kind.codes[out_dtype]
     else:
         out_code = float_code(kind, out_dtype, "the output")
-    scale, zero = 0.0, 0
-    if static is not None:
-        check_takes_static(packed.scheme)
-        scale, zero = check_static(static)
-    if bias is not None:
-        check_vector(kind, bias, n, "bias", "x")
-        bias = kind.cast(bias, kind.float32)
-
+    gate_bias = call.vector(gate_bias, n, "gate_bias")
     out = kind.empty((*x.shape[:-1], n), out_dtype)
     rows, ld = kind.rows(x, k)
     residual_args = (0, 0, 0)
@@ -103,16 +231,17 @@ def run_linear(
             len(rows),
             kind.pointer(rows),
             ld,
-            x_code,
+            call.x_code,
             kind.pointer(out),
             n,
             out_code,
-            0 if bias is None else kind.pointer(bias),
+            call.bias_pointer,
             ACTIVATIONS[activation],
             *residual_args,
-            scale,
-            zero,
+            *call.static,
             kind.threads(),
+            None if gate is None else gate.core,
+            call.address(gate_bias),
         )
     return out
 

@@ -228,14 +228,14 @@ class QLinear(nn.Module):
             buffers["bias"] = self.bias.float().contiguous()
         states = self._states()
         watched = [
-            (name, t, t._version if name in _WATCHED and t is not None else -1) for name, t in buffers.items()
+            (buffers, name, t, t._version if name in _WATCHED and t is not None else -1)
+            for name, t in buffers.items()
         ]
         packed = packed_weight(*weight_of(self))
         with isa_errors:
             _core.select(self.scheme.op)  # a plan without a kernel would raise at every call
         self._plan = _core.LinearPlan(
             packed.core,
-            buffers,
             watched,
             Tensor,
             _DTYPES,

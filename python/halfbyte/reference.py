@@ -9,7 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .exact import fma
 from .quantize import TINY, QuantizedTensor, RowQuantized
+from .reference_fused import attention_ref as attention_ref
+from .reference_fused import norm_ref as norm_ref
+from .reference_fused import rope_ref as rope_ref
 from .scheme import Scheme
 
 _ACTIVATIONS = {
@@ -132,24 +136,6 @@ def linear_ref(
     if scheme.per_token:
         y = y * qx.scale[:, None]
     return _finish(y, x, bias, activation, residual, out_dtype)
-
-
-def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """a * b + c of float32 tensors, rounded once.
-
-    The product is exact in float64, which has 53 bits for twice 24. The sum may not be. Where it is not,
-    which Knuth's TwoSum tells, it becomes the neighbor whose last bit is 1 ("round to odd"), so that rounding
-    it to float32 does not take it for a tie (Boldo, Melquiond 2008, doi:10.1109/TC.2007.70819).
-    """
-    product, c = torch.broadcast_tensors(a.double() * b.double(), c.double())
-    total = product + c
-    other = total - product
-    error = (product - (total - other)) + (c - other)
-    bits = total.view(torch.int64)
-    inexact = (error != 0) & total.isfinite()
-    toward = torch.where((error > 0) == (total > 0), 1, -1)  # away from zero, or back to it
-    odd = torch.where(inexact & (bits & 1 == 0), bits + toward, bits)
-    return odd.view(torch.float64).float()
 
 
 def linear_w8a8_ref(

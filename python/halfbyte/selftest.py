@@ -122,6 +122,23 @@ def _linear(op: str, rng: np.random.Generator) -> list[np.ndarray]:
     return results
 
 
+def _linear_f32(rng: np.random.Generator) -> list[np.ndarray]:
+    """Through the core, which fused blocks alone use it from."""
+    results = []
+    for m, n, k in _SHAPES:
+        x, weight, bias, residual = _rows(rng, m, k), _normal(rng, n, k), _normal(rng, n), _normal(rng, m, n)
+        packed = _core.pack_float(NUMPY.pointer(weight), F32, n, k, k)
+        for activation in range(len(_ACTIVATIONS)):
+            out = np.empty((m, n), np.float32)
+            pointers = [NUMPY.pointer(a) for a in (x, out, bias, residual)]
+            _core.linear(
+                packed, m, pointers[0], k, F32, pointers[1], n, F32, pointers[2], activation, pointers[3], n, F32,
+                0.0, 0, NUMPY.threads(),
+            )  # fmt: skip
+            results.append(out)
+    return results
+
+
 def _embedding(rng: np.random.Generator) -> list[np.ndarray]:
     """Through the core, because QEmbedding needs torch; the weights of every scheme above, each once."""
     results = []
@@ -164,8 +181,53 @@ def _quantize_rows(rng: np.random.Generator) -> list[np.ndarray]:
     return results
 
 
+def _norm(rng: np.random.Generator) -> list[np.ndarray]:
+    results = []
+    for m, _, k in _SHAPES:
+        x, residual, weight, bias = _rows(rng, m, k), _normal(rng, m, k), _normal(rng, k), _normal(rng, k)
+        with np.errstate(over="ignore"):
+            half = x.astype(np.float16)
+        results += hb.layernorm(x, weight, bias, residual=residual, return_sum=True)
+        results += hb.rmsnorm(half, weight, residual=residual, return_sum=True)
+        results += hb.layernorm_quantize(x, weight, bias)
+        results += hb.rmsnorm_quantize(half, weight, residual=x, symmetric=True)
+    return results
+
+
+def _rope(rng: np.random.Generator) -> list[np.ndarray]:
+    results = []
+    for tokens, heads, head_size in ((1, 9, 64), (5, 3, 38), (13, 2, 128)):
+        x, positions = _normal(rng, 2, tokens, heads, head_size), rng.integers(0, 4096, tokens)
+        for options in ({}, {"interleaved": True}, {"rotary_dims": head_size // 4 * 2}):
+            results.append(hb.rope(x, positions, **options))
+            results.append(hb.rope(x.astype(np.float16), positions, **options))
+    return results
+
+
+def _attention(rng: np.random.Generator) -> list[np.ndarray]:
+    """Few query rows and many, grouped heads, masks, windows, every storage of keys and values."""
+    results = []
+    for queries, keys, heads, head_size in ((1, 70, 3, 64), (5, 33, 1, 40), (9, 81, 2, 24)):
+        q = _normal(rng, 1, heads, queries, head_size)
+        k, v = _normal(rng, 2, 1, 1, keys, head_size)
+        seen, added = rng.random((queries, keys)) < 0.7, _normal(rng, 1, heads, 1, keys)
+        (k8, k_scale), (v8, v_scale) = hb.quantize_kv(k), hb.quantize_kv(v)
+        results += [
+            hb.attention(q, k, v),
+            hb.attention(q, k, v, causal=True, window=20),
+            hb.attention(q, k, v, mask=seen),
+            hb.attention(q.astype(np.float16), k.astype(np.float16), v.astype(np.float16), mask=added),
+            hb.attention(q, k8, v8, k_scale=k_scale, v_scale=v_scale, causal=True),
+        ]
+    return results
+
+
 _CHECKS: dict[str, Callable[[np.random.Generator], list[np.ndarray]]] = {
     **{op: partial(_linear, op) for op in _SCHEMES},
+    "linear_f32": _linear_f32,
+    "attention": _attention,
     "embedding": _embedding,
+    "norm": _norm,
     "quantize_rows": _quantize_rows,
+    "rope": _rope,
 }

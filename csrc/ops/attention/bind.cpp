@@ -7,7 +7,8 @@
 namespace halfbyte::attention {
 namespace {
 
-using Strides = std::array<int64_t, 3>;  // of sequences, rows (queries or keys) and heads, in elements
+using Strides = std::array<int64_t, 3>;   // of sequences, rows (queries or keys) and heads, in elements
+using Strides4 = std::array<int64_t, 4>;  // of sequences, heads, queries and keys
 
 int enumerator(int code, int last, const char* what) {
   check(code >= 0 && code <= last, "attention: unknown code ", code, " of ", what);
@@ -22,7 +23,7 @@ void bind(py::module_& m) {
       [](int64_t batch, int64_t queries, int64_t keys, int heads, int kv_heads, int head_size, uintptr_t q,
          Strides q_strides, int q_type, uintptr_t k, Strides k_strides, uintptr_t v, Strides v_strides, int kv_type,
          uintptr_t k_scale, Strides k_scale_strides, uintptr_t v_scale, Strides v_scale_strides, float scale,
-         bool causal, int64_t offset, int64_t window, uintptr_t mask, int mask_kind, std::array<int64_t, 4> mask_strides,
+         bool causal, int64_t offset, int64_t window, uintptr_t mask, int mask_kind, Strides4 mask_strides,
          uintptr_t out, Strides out_strides, int out_type, int threads) {
         Args a{};
         a.batch = batch, a.queries = queries, a.keys = keys;

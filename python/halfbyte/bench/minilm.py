@@ -49,6 +49,12 @@ def fixed_batch(tokenizer, batch: int, tokens: int) -> dict:
     return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
 
+def calibration(tokenizer, texts: int = 64) -> list:
+    """Tokenized passages of documentation, one each, evenly over all topics."""
+    found = [text for _, text in passages()]
+    return [tokenize(tokenizer, [text]) for text in found[:: len(found) // texts][:texts]]
+
+
 def pool(hidden, mask):
     """Sentence embeddings: mean over real tokens, scaled to length one."""
     import torch

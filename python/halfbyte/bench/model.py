@@ -1,11 +1,11 @@
-"""`halfbyte bench model`: MiniLM with its linear layers replaced, against float32 and other tools' int8."""
+"""`halfbyte bench model`: MiniLM with its linear layers replaced, against float32 and other tools."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..extras import require
@@ -13,10 +13,10 @@ from . import footprint, minilm
 from .engine import Timed, median_of_ratios, progress, run_rounds
 from .linear import OURS, kernel_name, thread_counts
 from .machine import describe
-from .peers import UnavailableError, failures_are_reasons
+from .peers import UnavailableError
+from .peers.models import Build, Encoder, Forward, prepare
 
 FLOAT = "torch-fp32"
-PEERS = ("torch-bf16", "torch-int8", "torchao")
 _SCHEME = "w8a8"
 
 
@@ -41,10 +41,12 @@ def run(settings: Settings) -> dict:
         linears = sum(type(module) is torch.nn.Linear for module in base.modules())
         ours = hb.quantize_(copy.deepcopy(base), _SCHEME, progress=False)
         replaced = sum(isinstance(module, hb.QLinear) for module in ours.modules())
+        builds, unavailable = _prepare(settings, base, tokenizer)
         results = []
         for batch, tokens in settings.shapes:
             inputs = minilm.fixed_batch(tokenizer, batch, tokens)
-            results.append(_measure(base, ours, inputs, settings))
+            result = _measure(base, ours, inputs, builds, settings)
+            results.append(result | {"unavailable": unavailable | result["unavailable"]})
         return {
             "format": "halfbyte-bench",
             "version": 1,
@@ -59,57 +61,50 @@ def run(settings: Settings) -> dict:
         }
 
 
-def _measure(base, ours, inputs: dict, settings: Settings) -> dict:
+def _prepare(settings: Settings, base, tokenizer) -> tuple[dict[str, Build], dict[str, str]]:
+    """Peers ready for any shape, and why the others are not."""
+    task = Encoder(base, settings.threads, lambda: minilm.calibration(tokenizer))
+    builds, unavailable = {}, {}
+    for name in settings.vs:
+        progress(f"preparing {name}")
+        try:
+            builds[name] = prepare(name, task)
+        except UnavailableError as error:
+            unavailable[name] = str(error)
+    return builds, unavailable
+
+
+def _measure(base, ours, inputs: dict, builds: dict[str, Build], settings: Settings) -> dict:
     batch, tokens = inputs["input_ids"].shape
     label = f"{batch}x{tokens}"
-    forwards: dict[str, Callable] = {FLOAT: base, OURS: ours}
-    notes = {FLOAT: "float32", OURS: kernel_name(_SCHEME)}
+    forwards = {FLOAT: Forward(base, "float32"), OURS: Forward(ours, kernel_name(_SCHEME))}
     unavailable = {}
-    for name in settings.vs:
+    for name, build in builds.items():
         progress(f"{label}: building {name}")
         try:
-            forwards[name], notes[name] = _peer(name, base, inputs)
+            forwards[name] = build(inputs)
         except UnavailableError as error:
             unavailable[name] = str(error)
     exact = minilm.embed(base, inputs)
     cosines = {
-        name: float((minilm.embed(forward, inputs) * exact).sum(1).min())
+        name: float((minilm.embed(forward.call, inputs) * exact).sum(1).min())
         for name, forward in forwards.items()
     }
     timed = [
-        Timed(name, [lambda forward=forward: forward(**inputs)], settings.round_seconds, warm_calls=1)
+        Timed(name, [lambda call=forward.call: call(**inputs)], settings.round_seconds, warm_calls=1)
         for name, forward in forwards.items()
     ]
     samples = run_rounds(timed, settings.rounds, label)
     rows = [
         {
             "name": name,
-            "note": notes[name],
+            "note": forward.note,
             "ms": statistics.median(samples[name]) * 1e3,
             "speedup": median_of_ratios(samples[FLOAT], samples[name]),
             "ours_is_faster_by": None if name == OURS else median_of_ratios(samples[name], samples[OURS]),
             "min_cosine": cosines[name],
             "samples_ms": [s * 1e3 for s in samples[name]],
         }
-        for name in forwards
+        for name, forward in forwards.items()
     ]
     return {"batch": batch, "tokens": tokens, "rows": rows, "unavailable": unavailable}
-
-
-def _peer(name: str, base, inputs: dict) -> tuple[Callable, str]:
-    """(forward, what it is)."""
-    with failures_are_reasons():
-        if name == "torch-bf16":
-            return copy.deepcopy(base).bfloat16(), "whole model in bfloat16"
-        if name == "torch-int8":
-            import torch
-
-            from .peers import torch_int8
-
-            engine = torch.backends.quantized.engine
-            return torch_int8.quantized(base, engine), f"torch.ao quantize_dynamic, default engine ({engine})"
-        from .peers import torchao_int8
-
-        model = torchao_int8.quantized(base)
-        forward, how = torchao_int8.compiled(lambda **batch: model(**batch), fullgraph=False, **inputs)
-        return forward, f"torchao Int8DynamicActivationInt8WeightConfig, {how}"

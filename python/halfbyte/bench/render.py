@@ -17,9 +17,10 @@ _FOOTNOTE = (
 
 
 def render(result: dict, style: str) -> str:
-    """`result` of linear.run, overhead.run or model.run as style "table" or "markdown"."""
+    """`result` of the `run` of linear, overhead, model or decoder as style "table" or "markdown"."""
     table = markdown_table if style == "markdown" else text_table
-    body = {"linear": _linear, "overhead": _overhead, "model": _model}[result["kind"]](result, table)
+    kinds = {"linear": _linear, "overhead": _overhead, "model": _model, "decoder": _decoder}
+    body = kinds[result["kind"]](result, table)
     machine = result["machine"]
     packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
     return "\n\n".join([sentence(machine), f"{machine['date']}; {packages}", *body])
@@ -81,6 +82,28 @@ def _model(result: dict, table: Table) -> list[str]:
         "min cosine: worst sentence embedding of the batch against torch float32."
     )
     return blocks
+
+
+def _decoder(result: dict, table: Table) -> list[str]:
+    measures = [f"{m['what']} {m['tokens']}" for m in result["rows"][0]["measures"]]
+    scheme = (result["settings"]["schemes"] or ["halfbyte"])[0]
+    headers = ["", *(h for m in measures for h in (m, f"{scheme} is")), "MB", "loss", "what ran"]
+    rows = []
+    for row in result["rows"]:
+        cells = []
+        for measure in row["measures"]:
+            cells += [significant(measure["tokens_per_s"], 4), _times(measure["ours_is_faster_by"])]
+        rows.append(
+            [row["name"], *cells, f"{row['weight_bytes'] / 1e6:.1f}", f"{row['loss']:.3f}", row["note"]]
+        )
+    gap = ["-"] * (len(headers) - 2)
+    rows += [[name, *gap, f"not measured: {why}"] for name, why in result["unavailable"].items()]
+    return [
+        f"{result['model']}, batch 1: tokens per second in a prompt (prefill), after the longest (decode)",
+        table(headers, rows),
+        f"Tokens per second: medians over rounds; '{scheme} is': medians of per-round quotients. "
+        "MB: weights as saved. loss: nats per token of the longest prompt.",
+    ]
 
 
 def _of_read(row: dict) -> str:

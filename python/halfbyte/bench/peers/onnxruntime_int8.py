@@ -43,20 +43,10 @@ def graph(
 
 
 def sessions(problem: Problem, model: bytes, weight_bytes: int, note: str) -> Layer:
-    """One session per weight copy, inputs and outputs bound once; the pool spins as onnxruntime lets it.
-
-    Several sessions share one pool of threads: a pool each would have the idle ones spin beside the busy one.
-    Once a process has that pool, onnxruntime refuses sessions with one of their own.
-    """
+    """One session per weight copy, inputs and outputs bound once; the pool spins as onnxruntime lets it."""
     m, n, _ = problem.mnk
     count = problem.copies(weight_bytes)
-    options = onnxruntime.SessionOptions()
-    if count > 1 or _make_shared_pool.cache_info().currsize:
-        _make_shared_pool(problem.threads)
-        options.use_per_session_threads = False
-    else:
-        options.intra_op_num_threads = problem.threads
-        options.inter_op_num_threads = 1
+    options = session_options(problem.threads, shared=count > 1)
     x = onnxruntime.OrtValue.ortvalue_from_numpy(problem.x)
     y = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros((m, n), np.float32))
     calls = []
@@ -72,6 +62,22 @@ def sessions(problem: Problem, model: bytes, weight_bytes: int, note: str) -> La
         return y.numpy()
 
     return Layer(calls, output, weight_bytes, note)
+
+
+def session_options(threads: int, shared: bool = False) -> onnxruntime.SessionOptions:
+    """Every optimization, and a pool of `threads` threads of its own or shared with other sessions.
+
+    Several sessions share one pool of threads: a pool each would have the idle ones spin beside the busy one.
+    Once a process has that pool, onnxruntime refuses sessions with one of their own.
+    """
+    options = onnxruntime.SessionOptions()
+    if shared or _make_shared_pool.cache_info().currsize:
+        _make_shared_pool(threads)
+        options.use_per_session_threads = False
+    else:
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+    return options
 
 
 @cache

@@ -1,0 +1,391 @@
+"""Decoders of transformers that are made like Llama: blocks, cache and last norm in one call."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ModelError
+from .attach import _recorder as recorder
+from .attach import check_input, fused_of
+from .cache import KVCache, Shape, cache_dtype, kv_of, publish
+from .capture import FusedTransformer
+from .parts import activation_of, defined_in, origin, origins
+from .rope import Rope
+from .stack import BlockSpec, CannotFuse, FusedStack, NormSpec, StackSpec, modules_of
+
+_MODELS = "transformers.models."
+_ATTENTIONS = (None, "sdpa", "eager")
+_LONG = 1 << 16  # positions that the tables of the rotary embedding may grow to, in any model
+_UNSET: Any = object()
+
+
+class _Extra(NamedTuple):
+    """What a call needs beside the stack."""
+
+    embed: nn.Module
+    rope: Rope
+    layers: int
+    window: int
+    positions: int  # that the table of the rotary embedding may grow to
+    kv_heads: int
+    head_size: int
+
+    def shape(self, batch: int, dtype: torch.dtype) -> Shape:
+        return Shape(self.layers, batch, self.kv_heads, self.head_size, dtype)
+
+
+class FusedDecoder(FusedTransformer):
+    """LlamaModel. Subclasses say where the others differ."""
+
+    kind = "Llama decoder"
+    what = "blocks, rotary embedding, key-value cache and last norm in one call"
+    returns_unused_cache = True  # whether a cache that was given comes back under use_cache=False
+
+    # What is known of the family.
+
+    def window(self, module: nn.Module) -> int:
+        """Keys that a query sees, 0: all."""
+        return 0
+
+    def check(self, module: nn.Module) -> None:
+        self.spec(module)
+
+    def blocks(self, module: nn.Module) -> int:
+        return len(_layers(module))
+
+    def spec(self, module: nn.Module) -> StackSpec:
+        """What the stack is made of."""
+        source, layers, rotary = type(module).forward.__module__, _layers(module), module.rotary_emb
+        if not layers:
+            raise CannotFuse("it has no layers")
+        try:
+            defined_in(source, module.norm, rotary)
+            blocks = [self._block(source, layer, i) for i, layer in enumerate(layers)]
+            attention, mlp = layers[0].self_attn, layers[0].mlp
+            kind = rotary.rope_type
+            if "dynamic" in kind or kind == "longrope":
+                raise CannotFuse(f"its rotary embedding ({kind}) changes with the length of the text")
+            size, frequencies = attention.head_dim, rotary.inv_freq.numel()
+            if 2 * frequencies != size:
+                raise CannotFuse(f"{frequencies} frequencies of its rotary embedding, for heads of {size}")
+            alike = {(a.head_dim, a.scaling, activation_of(m.act_fn)) for a, m in _parts(layers)}
+            if len(alike) > 1:
+                raise CannotFuse("its blocks differ in heads or activation")
+            return StackSpec(
+                hidden=attention.q_proj.in_features,
+                heads=attention.q_proj.out_features // size,
+                kv_heads=attention.k_proj.out_features // size,
+                head_size=size,
+                scale=attention.scaling,
+                pre_norm=True,
+                rms=True,
+                causal=True,
+                window=self.window(module),
+                activation=activation_of(mlp.act_fn),
+                rotary_dims=size,
+                blocks=blocks,
+                last_norm=_norm(module.norm),
+                modules=modules_of(*layers, module.norm, rotary),
+            )
+        except AttributeError as error:
+            raise CannotFuse(f"an unknown variant: {error}") from None
+
+    def _block(self, source: str, layer: nn.Module, index: int) -> BlockSpec:
+        own, mlp = layer.self_attn, layer.mlp
+        norms = layer.input_layernorm, layer.post_attention_layernorm
+        defined_in(source, layer, own, mlp, *norms)
+        if own.layer_idx != index:
+            raise CannotFuse(f"layer {index} of it keeps its keys as layer {own.layer_idx} of the cache")
+        if own.training and own.attention_dropout:
+            raise CannotFuse("its attention has dropout in training mode: call .eval() first")
+        return BlockSpec(
+            *(_norm(norm) for norm in norms),
+            own.q_proj,
+            own.k_proj,
+            own.v_proj,
+            own.o_proj,
+            mlp.up_proj,
+            mlp.down_proj,
+            mlp.gate_proj,
+        )
+
+    def build(self, module: nn.Module) -> tuple[FusedStack, _Extra]:
+        self.without_capture(module)
+        spec, rotary = self.spec(module), module.rotary_emb
+        return FusedStack(spec), _Extra(
+            module.embed_tokens,
+            Rope(rotary.inv_freq, rotary.attention_scaling),
+            len(spec.blocks),
+            spec.window,
+            max(_LONG, module.config.max_position_embeddings),
+            spec.kv_heads,
+            spec.head_size,
+        )
+
+    # Calling.
+
+    def run(
+        self,
+        module: nn.Module,
+        stack: FusedStack,
+        extra: _Extra,
+        /,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: Any = _UNSET,
+        output_attentions: Any = _UNSET,
+        return_dict: Any = _UNSET,
+        cache_position: Any = None,  # says again where the cache ends
+        **others: Any,
+    ) -> Any:
+        for name, value in others.items():
+            if value is not None:
+                raise CannotFuse(f"{name} was given")
+        settings = settings_of(module)
+        if settings["num_hidden_layers"] != extra.layers:
+            raise CannotFuse("config.num_hidden_layers was changed after the first call")
+        if _choice(output_attentions, settings.get("_output_attentions", False)):
+            raise CannotFuse("output_attentions: the core keeps no attention weights")
+        hidden = _choice(output_hidden_states, settings.get("output_hidden_states", False))
+        if type(hidden) is not bool or (hidden and settings.get("tie_last_hidden_states") is False):
+            raise CannotFuse("output_hidden_states selects some, or the last one without its norm")
+        if (input_ids is None) == (inputs_embeds is None):
+            raise CannotFuse("input_ids and inputs_embeds do not fit together")  # its own forward says how
+        x = extra.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        check_input(x)
+        if x.ndim != 3 or not x.numel():
+            raise CannotFuse(f"its input is of the shape {tuple(x.shape)}")
+        batch, tokens, _ = x.shape
+
+        use_cache = settings.get("use_cache", False) if use_cache is None else use_cache
+        cache, shape = past_key_values, extra.shape(batch, x.dtype)
+        if cache is None and use_cache:
+            cache = _new_cache(module.config)
+        ours = isinstance(cache, KVCache)
+        if ours and cache.shape[:4] != shape[:4]:
+            raise CannotFuse(f"the KVCache is of the shape {cache.shape[:4]}, the call of {shape[:4]}")
+        kv = cache if ours or cache is None else kv_of(cache, shape, extra.window)
+        if kv is not None and kv.make_room(tokens, extra.window) and not ours and kv.length:
+            publish(cache, kv, kv.length, extra.window)  # the views that it has are of memory that is gone
+
+        past, dropped = (0, 0) if kv is None else (kv.length, kv.dropped)
+        sdpa, seen = settings.get("_attn_implementation_internal") == "sdpa", past + dropped
+        mask = mask_of(attention_mask, batch, tokens, past, dropped, cache is not None, sdpa, extra.window)
+        positions = _positions(position_ids, batch, tokens, seen, cache is None and attention_mask is None)
+        if positions is None and dropped:
+            positions = torch.arange(seen, seen + tokens).expand(batch, tokens)
+        if positions is None:
+            rope = extra.rope.until(seen + tokens)
+        else:
+            rope, positions = extra.rope.at(positions, max(extra.positions, seen + tokens))
+        arguments = {"mask": mask, "cache": kv, "past": past, "positions": positions, "rope": rope}
+        states = None
+        if hidden:
+            states = _each_state(stack, x, extra.layers, arguments)
+            y = states[-1]
+        else:
+            y = stack(x, **arguments, out=None if x is inputs_embeds else x)
+        if ours:
+            kv.length = past + tokens
+        elif kv is not None:
+            publish(cache, kv, past + tokens, extra.window)
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        result = BaseModelOutputWithPast(
+            last_hidden_state=y,
+            past_key_values=cache if use_cache or self.returns_unused_cache else None,
+            hidden_states=states,
+        )
+        as_tuple = _choice(return_dict, settings.get("return_dict", True)) is False
+        return result.to_tuple() if as_tuple else result
+
+    def original(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(value, KVCache) for value in (*args, *kwargs.values())):
+            raise ModelError(
+                "only a fused call can use a KVCache, and this one cannot be fused; "
+                "print(halfbyte.fusion_report(model)) says why"
+            )
+        return super().original(module, *args, **kwargs)
+
+    # For generate.
+
+    def ready(self) -> tuple[FusedStack, _Extra]:
+        """What a call would use. Raises ModelError where it would not be fused."""
+        module = self.module
+        try:
+            if reason := recorder():
+                raise CannotFuse(reason)
+            settings_of(module)
+            built = self._ready(module)
+        except CannotFuse as reason:
+            raise ModelError(f"the fused {type(module).__name__} cannot run as it is now: {reason}") from None
+        return built.stack, built.extra
+
+    def new_cache(self, batch: int, dtype: str | torch.dtype | None, capacity: int) -> KVCache:
+        """An empty one; dtype None: that of the embeddings."""
+        _, extra = self.ready()
+        dtype = extra.embed.weight.dtype if dtype is None else cache_dtype(dtype)
+        return KVCache(*extra.shape(batch, dtype)[:4], dtype=dtype, capacity=capacity)
+
+
+class FusedMistral(FusedDecoder):
+    """MistralModel: all layers have one window."""
+
+    kind = "Mistral decoder"
+    returns_unused_cache = False
+
+    def window(self, module: nn.Module) -> int:
+        return module.config.sliding_window or 0
+
+
+class FusedQwen2(FusedDecoder):
+    """Qwen2Model: each layer may have a window; a stack has one for all."""
+
+    kind = "Qwen2 decoder"
+    returns_unused_cache = False
+
+    def window(self, module: nn.Module) -> int:
+        kinds = set(module.config.layer_types[: len(_layers(module))])
+        if kinds == {"full_attention"}:
+            return 0
+        if kinds == {"sliding_attention"}:
+            return module.config.sliding_window
+        raise CannotFuse(f"its layers differ in attention: {', '.join(sorted(kinds))}")
+
+
+_KNOWN = {
+    (_MODELS + "llama.modeling_llama", "LlamaModel"): FusedDecoder,
+    (_MODELS + "mistral.modeling_mistral", "MistralModel"): FusedMistral,
+    (_MODELS + "qwen2.modeling_qwen2", "Qwen2Model"): FusedQwen2,
+}
+_PARTS = ("embed_tokens", "layers", "norm", "rotary_emb")
+
+
+def family(module: nn.Module) -> type[FusedDecoder] | None:
+    """What fuses a module, if anything here does. Raises CannotFuse for a relative that nothing does."""
+    found = origin(module)
+    if found in _KNOWN:
+        return _KNOWN[found]
+    if any(base in _KNOWN for base in origins(module)):
+        raise CannotFuse(f"a subclass, {type(module).__name__}, with a forward of its own")
+    if found[0].startswith(_MODELS) and all(name in module._modules for name in _PARTS):
+        names = ", ".join(name for _, name in _KNOWN)
+        raise CannotFuse(f"{found[1]} is none of the decoders that are known: {names}")
+    return None
+
+
+def decoder_of(model: nn.Module) -> FusedDecoder:
+    """The one fused decoder in a model. Raises ModelError."""
+    found = [fused for m in model.modules() if isinstance(fused := fused_of(m), FusedDecoder)]
+    if len(found) != 1:
+        raise ModelError(
+            f"{type(model).__name__} has {len(found) or 'no'} fused decoders, and one is needed: call "
+            "halfbyte.fuse_(model), and print(halfbyte.fusion_report(model)) to see what was fused"
+        )
+    return found[0]
+
+
+def settings_of(module: nn.Module) -> dict[str, Any]:
+    """The attributes of its config, whose own access takes microseconds. Raises CannotFuse for attention that
+    is not causal, or computed by something else.
+    """
+    settings = object.__getattribute__(module.__dict__["config"], "__dict__")
+    if settings.get("_attn_implementation_internal") not in _ATTENTIONS:
+        raise CannotFuse(f"attention implementation {settings['_attn_implementation_internal']!r}")
+    if settings.get("is_causal") is False:
+        raise CannotFuse("config.is_causal is False")
+    return settings
+
+
+def mask_of(
+    given: Any, batch: int, tokens: int, past: int, dropped: int, cached: bool, sdpa: bool, window: int
+) -> Tensor | None:
+    """What the core takes for an attention_mask. It rules out later keys, and those before a window, itself."""
+    if given is None:
+        return None
+    if type(given) is not Tensor or not given.is_cpu:
+        raise CannotFuse("its attention_mask is no plain tensor on the CPU")
+    keys = past + tokens
+    if given.ndim == 2:
+        width = dropped + keys
+        if given.shape[0] != batch or (not cached and given.shape[1] != width):
+            raise CannotFuse(f"an attention_mask of {tuple(given.shape)} for {width} tokens")
+        real = given.bool()[:, dropped:width]
+        if real.shape[1] < keys:
+            real = torch.nn.functional.pad(real, (0, keys - real.shape[1]))
+        return None if real.all() else real[:, None, None]
+    kinds = (torch.bool,) if sdpa else ()  # eager attention adds it, a 1 for a True too
+    if given.ndim != 4 or not (given.is_floating_point() or given.dtype in kinds):
+        raise CannotFuse(f"an attention_mask of {given.ndim} dimensions and {given.dtype}")
+    sizes = zip(given.shape, (batch, None, tokens, keys), strict=True)
+    if dropped or any(whole is not None and size not in (1, whole) for size, whole in sizes):
+        raise CannotFuse(f"an attention_mask of {tuple(given.shape)} for {batch} x {tokens} x {keys}")
+    # Such a mask is all that the model's own attention looks at.
+    full = given.expand(-1, -1, tokens, keys)
+    open_ = full if given.dtype is torch.bool else full > _CLOSED
+    distance = torch.arange(past, keys)[:, None] - torch.arange(keys)
+    outside = (distance < 0) | (distance >= window) if window else distance < 0
+    if (open_ & outside).any():
+        raise CannotFuse("an attention_mask that lets a token see later ones, or beyond the window")
+    return given
+
+
+_CLOSED = -1e4  # what is added to a score to rule a key out; exp of it is 0
+
+
+def _positions(given: Any, batch: int, tokens: int, seen: int, packing: bool) -> Tensor | None:
+    """position_ids [batch, tokens]; None where they follow those that were seen."""
+    if given is None:
+        return None
+    if type(given) is not Tensor or not given.is_cpu or given.dtype.is_floating_point:
+        raise CannotFuse("its position_ids are no plain tensor of integers on the CPU")
+    if given.ndim != 2 or given.shape[0] not in (1, batch) or given.shape[1] != tokens:
+        raise CannotFuse(f"position_ids of {tuple(given.shape)} for {batch} x {tokens}")
+    if given.numel() == 1:
+        if int(given) == seen:
+            return None
+    elif (given == torch.arange(seen, seen + tokens)).all():
+        return None
+    if packing and (given.diff(dim=1) != 1).any():
+        raise CannotFuse("position_ids that jump mean several texts in one row")
+    return given.long().expand(batch, tokens)
+
+
+def _each_state(stack: FusedStack, x: Tensor, layers: int, arguments: dict) -> tuple[Tensor, ...]:
+    """Of the embeddings and after each block, the last one normed."""
+    states, y = [x], x.float()
+    for i in range(layers):
+        y = stack(y, **arguments, blocks=(i, i + 1))
+        states.append(y.to(x.dtype))
+    return tuple(states)
+
+
+def _choice(given: Any, default: Any) -> Any:
+    """An argument, or what the config says. None has had both meanings, which differ where that is not so."""
+    return default if given is _UNSET or (given is None and default is False) else given
+
+
+def _new_cache(config: Any) -> Any:
+    from transformers import DynamicCache
+
+    return DynamicCache(config=config)
+
+
+def _layers(module: nn.Module) -> list[nn.Module]:
+    """Those that it runs."""
+    return list(module.layers)[: module.config.num_hidden_layers]
+
+
+def _parts(layers: list[nn.Module]) -> list[tuple[nn.Module, nn.Module]]:
+    return [(layer.self_attn, layer.mlp) for layer in layers]
+
+
+def _norm(module: nn.Module) -> NormSpec:
+    return NormSpec(module.weight, None, module.variance_epsilon)

@@ -1,0 +1,372 @@
+"""A stack of transformer blocks as the C++ core runs it: what it is made of, and one call for all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .. import _core, dispatch
+from ..arrays import kind_of, wraps
+from ..dispatch import isa_errors
+from ..ops import ACTIVATIONS
+from ..pack import pack
+from ..qlinear import QLinear
+from ..quantized_tensor import PARTS, QuantizedTensor
+from ..torch_ops import state
+
+if TYPE_CHECKING:
+    from .cache import KVCache
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = [getattr(torch.nn.modules.module, f"_global{hooks}") for hooks in _HOOKS]
+_IDENTITY, _MEMORY = -2, -1  # how much of a watched value is compared; otherwise its version too
+_LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
+_get_num_threads = torch.get_num_threads
+
+# float weight -> (its state, rows, packed): a rebuilt stack packs nothing twice.
+_float_packs: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+# Of `recording`, on this thread.
+_recorder: ContextVar[Callable[[StackRun], None] | None] = ContextVar("recorder", default=None)
+
+
+class CannotFuse(Exception):
+    """Why something is left to its own forward, in one line."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Output rows begin .. end-1 of a merged projection: a float weight [n, k] or a QLinear, and their bias."""
+
+    of: Tensor | QLinear
+    begin: int
+    end: int
+    bias: Tensor | None = None  # [end - begin]; that of a QLinear is taken from it
+
+
+LinearLike = nn.Linear | QLinear | Rows
+
+
+@dataclass(frozen=True)
+class NormSpec:
+    """A LayerNorm or RMSNorm: its own parameters."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """The parts of one block; with a gate the MLP is down(activation(gate(x)) * up(x)).
+
+    pre-norm: the norms come before attention and MLP. post-norm: after their residual sums.
+    """
+
+    attention_norm: NormSpec
+    mlp_norm: NormSpec
+    q: LinearLike
+    k: LinearLike
+    v: LinearLike
+    o: LinearLike
+    up: LinearLike
+    down: LinearLike
+    gate: LinearLike | None = None
+
+
+@dataclass(frozen=True)
+class StackSpec:
+    """Blocks that follow each other. rms: RMSNorm instead of LayerNorm. window: keys a query sees, 0: all.
+
+    first_norm (post-norm blocks): of the input. last_norm (pre-norm blocks): of what the last block gives.
+    modules: all whose work the stack does; a hook or the training mode of one of them is an obstacle.
+    """
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    scale: float
+    pre_norm: bool
+    rms: bool
+    causal: bool
+    activation: str
+    blocks: list[BlockSpec]
+    window: int = 0
+    rotary_dims: int = 0
+    interleaved: bool = False
+    first_norm: NormSpec | None = None
+    last_norm: NormSpec | None = None
+    modules: list[nn.Module] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class StackRun:
+    """One call of a FusedStack, and what the threads did when: (block, phase, thread, begin, end), in ns."""
+
+    stack: FusedStack
+    batch: int
+    tokens: int
+    past: int
+    cache: KVCache | None
+    dtype: torch.dtype  # of x
+    blocks: tuple[int, int]
+    events: list[tuple[int, int, int, int, int]]
+
+
+@contextmanager
+def recording(record: Callable[[StackRun], None]) -> Iterator[None]:
+    """Within the block and on this thread, every call of a FusedStack is timed and told to `record`."""
+    token = _recorder.set(record)
+    try:
+        yield
+    finally:
+        _recorder.reset(token)
+
+
+class FusedStack:
+    """A StackSpec packed for the kernels of this machine. Immutable: made anew where `unchanged` says no.
+
+    Layers that are quantized share their packs; float ones are packed as float32. Raises CannotFuse.
+    """
+
+    def __init__(self, spec: StackSpec):
+        self.spec = spec
+        self._kept: list[object] = []  # what the core points to
+        self._watched: list[tuple[dict, str, object, int]] = []
+        empty = [getattr(module, hooks) for module in spec.modules for hooks in _HOOKS]
+        self._check_modules()
+        blocks = []
+        for block in spec.blocks:
+            parts = {name: self._linear(getattr(block, name)) for name in _LINEARS}
+            norms = {name: self._norm(getattr(block, name)) for name in ("attention_norm", "mlp_norm")}
+            blocks.append(parts | norms)
+        try:
+            with isa_errors:
+                self._stack = _core.Stack(
+                    hidden=spec.hidden,
+                    heads=spec.heads,
+                    kv_heads=spec.kv_heads,
+                    head_size=spec.head_size,
+                    scale=spec.scale,
+                    pre_norm=spec.pre_norm,
+                    rms=spec.rms,
+                    causal=spec.causal,
+                    window=spec.window,
+                    activation=ACTIVATIONS[spec.activation],
+                    rotary_dims=spec.rotary_dims,
+                    interleaved=spec.interleaved,
+                    first_norm=None if spec.first_norm is None else self._norm(spec.first_norm),
+                    last_norm=None if spec.last_norm is None else self._norm(spec.last_norm),
+                    blocks=blocks,
+                )
+        except ValueError as error:
+            raise CannotFuse(str(error)) from None
+        self._watch = _core.Watch(self._watched, empty + _GLOBAL_HOOKS)
+        self._call = _core.StackCall(self._stack)
+
+    def unchanged(self) -> bool:
+        """Whether the modules are as they were: parts, values, hooks, training mode. Takes microseconds."""
+        return self._watch.unchanged()
+
+    def __call__(
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        past: int = 0,
+        positions: Tensor | None = None,
+        rope: tuple[Tensor, Tensor] | None = None,
+        blocks: tuple[int, int] | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """x [batch, tokens, hidden] -> the same shape and dtype; float32, bfloat16 or float16, on the CPU.
+
+        mask: [b, h, q, keys], where b, h and q may be 1; bool (True: attend) or float, which is added. cache:
+        takes the keys and values of these tokens behind the `past` ones that are in it. positions: int64
+        [batch, tokens]; None: past, past + 1, ... rope: cos and sin, float32 [positions, rotary_dims / 2].
+        blocks: (first, end). Autograd sees nothing of this.
+        """
+        return self._run(x, mask, cache, past, positions, rope, blocks, out, 0)[0]
+
+    def profile(self, x: Tensor, events: int = 1 << 16, **kwargs) -> tuple[Tensor, list[tuple]]:
+        """As a call, with what the threads did when: (block, phase, thread, begin, end), times in ns."""
+        given = dict.fromkeys(("mask", "cache", "past", "positions", "rope", "blocks", "out")) | kwargs
+        given["past"] = given["past"] or 0
+        return self._run(x, *given.values(), events)
+
+    def _run(self, x, mask, cache, past, positions, rope, blocks, out, events):
+        batch, tokens, hidden = x.shape
+        if hidden != self.spec.hidden:
+            raise ValueError(f"x has the shape {tuple(x.shape)}; its last dimension must be {self.spec.hidden}")
+        x = x.detach()
+        if not x.is_contiguous():
+            x = x.contiguous()
+        if out is None:
+            out = torch.empty_like(x)
+        if mask is not None:
+            keys = past + tokens
+            kind = 1
+            if mask.dtype is torch.bool:
+                kind = 2
+            elif mask.dtype is not torch.float32:
+                mask = mask.float()
+            mask = mask.expand(batch, self.spec.heads, tokens, keys)
+            core_mask = (mask.data_ptr(), kind, *mask.stride())
+        else:
+            core_mask = None
+        if positions is not None:
+            positions = positions.expand(batch, tokens).contiguous()
+        cos, sin = rope if rope is not None else (None, None)
+        call = self._call if cache is None else cache.call_of(self._stack)
+        code = kind_of(x, "x").codes[x.dtype]
+        blocks = blocks or (0, len(self.spec.blocks))
+        threads = dispatch.thread_override or _get_num_threads()
+        if (record := _recorder.get()) is not None:
+            # At most 6 phases of a block, 1 before and 2 after all; by threads that work together, or by
+            # sequences, of which one thread may take all.
+            events = max(threads, batch) * (6 * len(self.spec.blocks) + 3)
+        with isa_errors:
+            found = call(
+                x.data_ptr(),
+                hidden,
+                code,
+                out.data_ptr(),
+                hidden,
+                code,
+                batch,
+                tokens,
+                core_mask,
+                past,
+                0 if positions is None else positions.data_ptr(),
+                0 if cos is None else cos.data_ptr(),
+                0 if sin is None else sin.data_ptr(),
+                0 if cos is None else cos.shape[0],
+                *blocks,
+                events,
+                threads,
+            )
+        if record is not None:
+            record(StackRun(self, batch, tokens, past, cache, x.dtype, blocks, found))
+        return out, found
+
+    def _check_modules(self) -> None:
+        for module in self.spec.modules:
+            name = type(module).__name__
+            if any(getattr(module, hooks) for hooks in _HOOKS):
+                raise CannotFuse(f"a hook on its {name} would not run")
+            if "forward" in vars(module):
+                raise CannotFuse(f"the forward of its {name} was replaced on the instance")
+            if module.training and isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+                raise CannotFuse("its dropout is in training mode: call .eval() first")
+            self._watched.append((vars(module), "forward", None, _IDENTITY))
+            self._watched.append((vars(module), "training", module.training, _IDENTITY))
+            for attribute, child in module._modules.items():
+                self._watched.append((module._modules, attribute, child, _IDENTITY))
+            for holder in (module._parameters, module._buffers):
+                for attribute, tensor in holder.items():
+                    self._watch_tensor(holder, attribute, tensor)
+        if any(_GLOBAL_HOOKS):
+            raise CannotFuse("there are global module hooks")
+
+    def _watch_tensor(self, holder: dict, attribute: str, tensor: Tensor | None) -> None:
+        if tensor is None:
+            self._watched.append((holder, attribute, None, _IDENTITY))
+        elif tensor.is_inference():
+            self._watched.append((holder, attribute, tensor, _MEMORY))
+        else:
+            self._watched.append((holder, attribute, tensor, tensor._version))
+
+    def _float_vector(self, tensor: Tensor | None) -> int:
+        """Address of a vector in float32."""
+        if tensor is None:
+            return 0
+        _check_tensor(tensor)
+        vector = tensor.detach().float().contiguous()
+        self._kept.append(vector)
+        return vector.data_ptr()
+
+    def _norm(self, norm: NormSpec) -> tuple[int, int, float]:
+        return self._float_vector(norm.weight), self._float_vector(norm.bias), norm.eps
+
+    def _linear(self, linear: LinearLike | None) -> tuple | None:
+        """(packed, bias, static scale, static zero) for the core."""
+        if linear is None:
+            return None
+        static = (0.0, 0)
+        if isinstance(linear, QLinear):
+            packed, bias, static = _own_pack(linear), linear.bias, linear.static or static
+        elif isinstance(linear, Rows) and isinstance(linear.of, QLinear):
+            packed = _rows_of(linear.of, linear.begin, linear.end)
+            bias = None if linear.of.bias is None else linear.of.bias[linear.begin : linear.end]
+            static = linear.of.static or static
+        elif isinstance(linear, Rows):
+            packed, bias = _pack_float(linear.of, linear.begin, linear.end), linear.bias
+        elif isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward:
+            packed, bias = _pack_float(linear.weight, 0, linear.out_features), linear.bias
+        else:
+            raise CannotFuse(f"its {type(linear).__name__} is no layer that the core knows")
+        return packed, self._float_vector(bias), *static
+
+
+def modules_of(*modules: nn.Module) -> list[nn.Module]:
+    """All modules below and including these, once each."""
+
+    def walk() -> Iterator[nn.Module]:
+        for module in modules:
+            yield from module.modules()
+
+    return list(dict.fromkeys(walk()))
+
+
+def _check_tensor(tensor: Tensor) -> None:
+    if tensor.is_meta or tensor.device.type != "cpu" or tensor.layout is not torch.strided:
+        raise CannotFuse(f"its values are on {tensor.device} ({tensor.layout}); the kernels run on the CPU")
+    if wraps(tensor) or tensor.dtype not in _FLOATS:
+        raise CannotFuse(f"it holds a {type(tensor).__name__} of {tensor.dtype}")
+
+
+def _own_pack(linear: QLinear):
+    if linear.activation != "none":
+        raise CannotFuse(f"its {linear.name} has an activation of its own ({linear.activation})")
+    if linear.weight_scale.device.type != "cpu":
+        raise CannotFuse(f"its {linear.name} is on {linear.weight_scale.device}; the kernels run on the CPU")
+    return linear._prepare().core
+
+
+def _rows_of(linear: QLinear, begin: int, end: int):
+    """Packs some rows of a quantized layer."""
+    _own_pack(linear)
+    q = linear.quantized
+    parts = {name: None if (part := getattr(q, name)) is None else part[begin:end] for name in PARTS}
+    codes, scale = parts.pop("codes"), parts.pop("scale")
+    return pack(QuantizedTensor(codes, scale, q.scheme, q.shape[1], *parts.values())).core
+
+
+def _pack_float(weight: Tensor, begin: int, end: int):
+    """Packs some rows of a float weight, once for the values it has now."""
+    _check_tensor(weight)
+    inference = weight.is_inference()
+    known = {} if inference else _float_packs.get(weight, {})
+    now = None if inference else state(weight)
+    if (entry := known.get((begin, end))) is not None and entry[0] == now:
+        return entry[1]
+    rows = weight.detach()[begin:end]
+    if rows.stride(-1) != 1 and rows.shape[-1] > 1:
+        rows = rows.contiguous()
+    kind = kind_of(rows, "the weight")
+    n, k = rows.shape
+    packed = _core.pack_float(rows.data_ptr(), kind.codes[rows.dtype], n, k, max(rows.stride(0), k))
+    if not inference:
+        current = {key: value for key, value in known.items() if value[0] == now}
+        _float_packs[weight] = current | {(begin, end): (now, packed)}
+    return packed
