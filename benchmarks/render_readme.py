@@ -13,6 +13,7 @@ from pathlib import Path
 
 from halfbyte.bench.ceilings import products_per_weight
 from halfbyte.bench.machine import sentence
+from halfbyte.bench.model import FLOAT, FUSED, FUSED_FLOAT
 from halfbyte.bench.peers import PEERS, QUANTIZED_PEERS
 from halfbyte.tables import markdown_table, percent, significant
 
@@ -20,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 START, END = "<!-- bench:start -->", "<!-- bench:end -->"
 OURS = "halfbyte"
 _PLAIN = "w8a8"
+_NO_PEERS = (FLOAT, OURS, FUSED, FUSED_FLOAT)  # of a whole model, in the order of the columns
 
 
 def main() -> int:
@@ -110,8 +112,7 @@ def _linear_row(result: dict, shape: dict, peers: list[str]) -> list[str]:
         significant(mine["us"]),
         significant(seconds and seconds * 1e6),
         percent(reached),
-        best["name"] if best else "-",
-        f"**{best['ours_is_faster_by']:.2f}x**" if best else "-",
+        *_best(best),
         *(significant(rows[name]["us"]) if name in rows else "-" for name in peers),
     ]
 
@@ -120,23 +121,78 @@ def _model(results: list[dict]) -> str:
     blocks = []
     for result in results:
         names = list(dict.fromkeys(row["name"] for shape in result["results"] for row in shape["rows"]))
+        others = [name for name in names if name not in _NO_PEERS]
+        ours = [name for name in _NO_PEERS if name in names]
         rows = []
         for shape in result["results"]:
             cells = {row["name"]: row for row in shape["rows"]}
+            best = min((cells[name] for name in others if name in cells), key=_ms, default=None)
             rows.append([
-                f"{shape['batch']}x{shape['tokens']}", f"**{cells[OURS]['speedup']:.2f}x**",
-                *(_ms_and_cosine(cells.get(name)) for name in names),
+                f"{shape['batch']}x{shape['tokens']}",
+                *(_ms_and_cosine(cells.get(name)) for name in ours),
+                f"**{cells[result.get('ours', OURS)]['speedup']:.2f}x**",
+                *_best(best),
+                *(_ms_and_cosine(cells.get(name)) for name in others),
             ])  # fmt: skip
+        headers = ["batch x tokens", *ours, "faster than float32", "best peer", "faster than it", *others]
         blocks.append(
-            f"{result['model']}, only its linear layers replaced: milliseconds per forward pass, "
-            "and in brackets the lowest cosine of a sentence embedding to float32:\n\n"
-            + markdown_table(["batch x tokens", "speed-up over float32", *names], rows)
+            f"{result['model']}: milliseconds per forward pass, and in brackets the lowest cosine of a sentence "
+            "embedding to float32. `halfbyte` has its linear layers in w8a8, `halfbyte-fused` runs them after "
+            f"`fuse_`, `halfbyte-fused-fp32` is not quantized:\n\n{markdown_table(headers, rows)}"
         )
     return "\n\n".join(blocks)
 
 
+def _ms(row: dict) -> float:
+    return row["ms"]
+
+
+def _best(peer: dict | None) -> list[str]:
+    """The fastest peer, and how much faster than it we are."""
+    return [peer["name"], f"**{peer['ours_is_faster_by']:.2f}x**"] if peer else ["-", "-"]
+
+
 def _ms_and_cosine(row: dict | None) -> str:
     return f"{significant(row['ms'])} ({row['min_cosine']:.3f})" if row else "-"
+
+
+def _decoder(results: list[dict]) -> str:
+    """A table for each result: a row for each measure, a column for each contestant."""
+    blocks = []
+    for result in results:
+        rows = {row["name"]: row for row in result["rows"]}
+        mine = rows.pop(result["ours"])
+        peers = [row for row in rows.values() if not row["name"].startswith((OURS, "torch-fp32"))]
+        table = []
+        for index, measure in enumerate(mine["measures"]):
+            found = [row["measures"][index] for row in rows.values()]
+            best = max(peers, key=lambda row, i=index: row["measures"][i]["tokens_per_s"], default=None)
+            table.append([
+                f"{measure['what']}, {measure['tokens']} tokens",
+                significant(measure["tokens_per_s"]),
+                *_best(best and best["measures"][index] | {"name": best["name"]}),
+                *(significant(other["tokens_per_s"]) for other in found),
+            ])  # fmt: skip
+        for label, show in (("MB of weights", _megabytes), ("loss", _loss)):
+            table.append([label, show(mine), "", "", *(show(row) for row in rows.values())])
+        headers = ["", result["ours"], "best peer", "faster than it", *rows]
+        prompt = max(m["tokens"] for m in mine["measures"] if m["what"] == "prefill")
+        blocks.append(
+            f"{result['model'].removesuffix('-Instruct')}: tokens per second at batch 1, in a prompt (prefill) and "
+            f"after one of {prompt} (decode); loss in nats per token of that prompt, and in brackets before "
+            f"`fuse_`. halfbyte's columns are fused and generate with `hb.generate`, keys and values in bfloat16 "
+            f"(llama.cpp's are float16); `unfused` runs in transformers:\n\n{markdown_table(headers, table)}"
+        )
+    return "\n\n".join(blocks)
+
+
+def _megabytes(row: dict) -> str:
+    return f"{row['weight_bytes'] / 1e6:.1f}"
+
+
+def _loss(row: dict) -> str:
+    before = row["unfused_loss"]
+    return f"{row['loss']:.3f}" + ("" if before is None else f" ({before:.3f})")
 
 
 def _quality(results: list[dict]) -> str:
@@ -167,7 +223,9 @@ def _perplexity(results: list[dict]) -> str:
     return "\n\n".join(blocks)
 
 
-_TABLES = {"linear": _linear, "model": _model, "quality": _quality, "perplexity": _perplexity}
+_TABLES = {
+    "linear": _linear, "model": _model, "decoder": _decoder, "quality": _quality, "perplexity": _perplexity,
+}  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -13,17 +13,35 @@ from halfbyte.fuse.attach import Fused, fused_of
 FLOAT = 1e-4  # of the largest output: float32 in another order
 COSINE = 0.9999  # quantized: a rounding of an activation may fall to the other side,
 ROW_COSINE = 0.999  # which is more of a short row than of all of them
+X = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1))  # for the encoder below
 
 
 def roused(model: nn.Module, seed: int = 0) -> nn.Module:
-    """In evaluation mode, with weights far from their initial ones: attention is not even, norms are not ones,
-    and biases are not zeros.
+    """In evaluation mode, with weights far from their initial ones: attention is not even, norms are not
+    ones, and biases are not zeros.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.15 * torch.randn(parameter.shape, generator=generator))
     return model.eval()
+
+
+def encoder(layers=2, **options):
+    settings = {"dim_feedforward": 40, "batch_first": True, "activation": "gelu", "dropout": 0.1} | options
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 4, **settings)
+    return roused(nn.TransformerEncoder(layer, layers, enable_nested_tensor=False))
+
+
+class Holder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder = encoder()
+        self.head = nn.Linear(32, 3)
+
+    def forward(self, x):
+        return self.head(self.encoder(x))
 
 
 def error(y: Tensor, want: Tensor) -> float:
@@ -43,6 +61,10 @@ def check_close(y: Tensor, want: Tensor, scheme: str | None = None) -> None:
     """Close to what the same model computes unfused."""
     if scheme is None:
         assert error(y, want) < FLOAT
+    elif "a16" in scheme:
+        assert error(y, want) < 10 * FLOAT
+    elif scheme.startswith("rough"):  # layers so narrow that one rounding is a good part of them
+        assert cosine(y, want) > ROW_COSINE
     else:
         assert cosine(y, want) > COSINE and cosine(y, want, rows=True) > ROW_COSINE
 

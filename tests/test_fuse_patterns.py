@@ -66,7 +66,10 @@ def sequential(*activations):
 # name: (module, what the report says)
 FOUND = {
     "sequential": (sequential(nn.GELU(), nn.ReLU(), nn.SiLU()), "3 linear + activation"),
-    "one": (nn.Sequential(nn.LayerNorm(48), nn.Linear(48, 30), nn.GELU("tanh"), nn.Dropout()), "1 linear + activation"),
+    "one": (
+        nn.Sequential(nn.LayerNorm(48), nn.Linear(48, 30), nn.GELU("tanh"), nn.Dropout()),
+        "1 linear + activation",
+    ),
     "inplace": (sequential(nn.ReLU(inplace=True), nn.Tanh()), "1 linear + activation"),
     "gated": (Gated(), "1 linear + activation, 1 gated product"),
     "gelu gated": (Gated(nn.GELU()), "1 linear + activation, 1 gated product"),
@@ -89,7 +92,9 @@ def test_patterns(name, scheme):
     want = model(X)
     hb.fuse_(model)
     (row,) = hb.fusion_report(model).rows
-    assert (row.what, row.reason) == (FOUND[name][1], "") and row.blocks == sum(int(n) for n in row.what if n.isdigit())
+    assert (row.what, row.reason) == (FOUND[name][1], "") and row.blocks == sum(
+        int(n) for n in row.what if n.isdigit()
+    )
     with fused_calls(model, 3):
         first = model(X)  # plans are made
         again = model(X)

@@ -18,7 +18,9 @@ class Mixed(nn.Module):
     def __init__(self):
         super().__init__()
         options = {"dim_feedforward": 24, "batch_first": True}
-        self.known = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, **options), 3, enable_nested_tensor=False)
+        self.known = nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(16, 2, **options), 3, enable_nested_tensor=False
+        )
         self.unknown = nn.TransformerEncoderLayer(16, 2, activation=nn.Tanh(), **options)
         self.mlp = nn.Sequential(nn.Linear(16, 16), nn.ReLU())
 
@@ -46,7 +48,7 @@ def test_rows(model):
     for _ in range(3):
         model(X)
     model.known(X, is_causal=True, mask=torch.zeros(3, 3).int() == 1)
-    with pytest.raises(Exception):
+    with pytest.raises(RuntimeError):
         model.known(X, mask=torch.zeros(9, 9))
     known, unknown, mlp = hb.fusion_report(model).rows
     assert (known.name, known.kind, known.blocks, known.reason) == ("known", "torch encoder", 3, "")
@@ -68,7 +70,7 @@ def test_table_and_markdown(model):
     assert "unfused calls" not in lines[0]
     assert lines[2].split() == "known torch encoder 3 all layers in one call 1".split()
     assert lines[-1] == "Modules: 2 fused, 1 left alone."
-    with pytest.raises(Exception):
+    with pytest.raises(RuntimeError):
         model.known(X, mask=torch.zeros(9, 9))
     table = hb.fusion_report(model).to_markdown().splitlines()
     assert table[0].startswith("| module | kind | blocks |") and "| unfused calls |" in table[0]

@@ -63,7 +63,12 @@ def test_any_gated_product(m, n, k, scheme, activation, dtype, threads):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_linears_are_the_results_of_each(scheme):
-    for m, sizes, k in [(1, (5,), 3), (3, (64, 32, 32), 96), (16, (384, 384, 384), 384), (150, (33, 1, 70), 65)]:
+    for m, sizes, k in [
+        (1, (5,), 3),
+        (3, (64, 32, 32), 96),
+        (16, (384, 384, 384), 384),
+        (150, (33, 1, 70), 65),
+    ]:
         x = torch.randn(m, k)
         weights = [packed(n, k, scheme) for n in sizes]
         biases = [torch.randn(n) for n in sizes]

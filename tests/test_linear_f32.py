@@ -13,7 +13,16 @@ from halfbyte import _core
 ISAS = [row["isa"] for row in hb.kernels("linear_f32") if row["supported"]]
 ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-SHAPES = [(1, 1, 1), (1, 32, 64), (1, 130, 70), (3, 5, 3), (7, 33, 65), (12, 64, 96), (13, 100, 1000), (130, 97, 384)]
+SHAPES = [
+    (1, 1, 1),
+    (1, 32, 64),
+    (1, 130, 70),
+    (3, 5, 3),
+    (7, 33, 65),
+    (12, 64, 96),
+    (13, 100, 1000),
+    (130, 97, 384),
+]
 
 
 def pack(weight, threads=1):

@@ -86,7 +86,7 @@ def test_each_scheme_has_its_op_and_each_quantized_op_its_schemes():
 
 
 def test_quantized_ops_have_the_kernels_of_the_tiles():
-    """An ISA file of a quantized linear op includes the tiles of its ISA; the rest of csrc/tiles is shared by those."""
+    """An ISA file of a quantized op includes the tiles of its ISA, which share the rest of csrc/tiles."""
     isas = [path.stem for path in TILES if path.stem in ISAS]
     assert TILES and all(path.suffix == ".h" for path in TILES)
     for op in QUANTIZED:

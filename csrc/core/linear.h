@@ -61,8 +61,8 @@ struct LinearArgs {
   int32_t static_zero;
   int threads;  // 0: default
   // Of a gated product, c = (x W^T + bias) * activation(x G^T + gate_bias) + residual: G, of the shape and format of W.
-  const PackedWeight* gate;  // null: none
-  const float* gate_bias;
+  const PackedWeight* gate = nullptr;
+  const float* gate_bias = nullptr;
 };
 
 // One where the sums of another weight on the same rows go to.

@@ -21,6 +21,10 @@ inline int64_t q_width(const Stack& s) { return int64_t{s.heads} * s.head_size; 
 inline int64_t kv_width(const Stack& s) { return int64_t{s.kv_heads} * s.head_size; }
 inline int64_t qkv_width(const Stack& s) { return q_width(s) + 2 * kv_width(s); }
 
+// Of sequences [first, first + batch), whose queries, keys and values lie in `qkv` where they are in no cache.
+attention::Args describe_attention(const Stack& stack, const Call& call, int64_t index, int64_t first, int64_t batch,
+                                   float* qkv, float* out);
+
 // So few rows that each thread quantizes all of them, for itself, rather than wait for the others' at a barrier: a row of a
 // thousand elements takes about as long.
 constexpr int64_t few_rows = 3;

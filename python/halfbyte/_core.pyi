@@ -205,9 +205,9 @@ def attention(
 class LinearPlan:
     """The short way of QLinear.forward: checks, output and kernel in one call; None where it does not apply.
 
-    watched: entries as Watch takes them; what has changed makes the plan stale. recorders: functions that return something true while a mode or a
-    tracer has to see the call. forward_ad: the variables of torch.autograd.forward_ad. hooks: dictionaries
-    that are empty unless a hook has to run.
+    watched: entries as Watch takes them; what has changed makes the plan stale. recorders: functions that
+    return something true while a mode or a tracer has to see the call. forward_ad: the variables of
+    torch.autograd.forward_ad. hooks: dictionaries that are empty unless a hook has to run.
     """
 
     def __init__(
@@ -226,16 +226,16 @@ class LinearPlan:
     def __call__(self, x: object, activation: int, threads: int, hooks_checked: bool) -> object | None: ...
 
 class Watch:
-    """Notices changes. entries: (dictionary, key, object or None, version): an object that is another one now,
-    or a tensor with other memory (version >= -1) or another version (>= 0). empty: dictionaries of hooks.
+    """Notices changes. entries: (dictionary, key, object or None, version): an object that is another one
+    now, or a tensor with other memory (version >= -1) or another version (>= 0). empty: dictionaries of hooks.
     """
 
     def __init__(self, entries: list[tuple[dict, str, object, int]], empty: list[dict]) -> None: ...
     def unchanged(self) -> bool: ...
 
 class Stack:
-    """Transformer blocks, packed. Norms: (weight, bias, eps); linears: (packed, bias, static scale, static zero);
-    vectors are addresses of float32, 0 where there is none, which the caller keeps alive.
+    """Transformer blocks, packed. Norms: (weight, bias, eps); linears: (packed, bias, static scale, static
+    zero); vectors are addresses of float32, 0 where there is none, which the caller keeps alive.
     """
 
     def __init__(

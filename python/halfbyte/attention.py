@@ -54,9 +54,8 @@ def attention(
     """
     kind = kind_of(q, "q")
     q_code = float_code(kind, q.dtype, "q")
-    _check_shapes(kind, q, k, v)
+    batch, heads, queries, head_size, kv_heads, keys = _sizes(kind, q, k, v)
     _not_recorded(kind, q=q, k=k, v=v, mask=mask)
-    (batch, heads, queries, head_size), (kv_heads, keys) = tuple(q.shape), tuple(k.shape[1:3])
     storage, scales = _storage(kind, k, v, k_scale, v_scale)
     window, scale = _window(window), 1 / math.sqrt(head_size) if scale is None else float(scale)
     q, q_strides = _strided(kind, q)
@@ -108,32 +107,34 @@ def quantize_kv(x: Array) -> QuantizedKV:
     return QuantizedKV(rows.codes.reshape(shape), rows.scale.reshape(shape[:-1]))
 
 
-def _check_shapes(kind: Kind, q: Array, k: Array, v: Array) -> None:
+def _sizes(kind: Kind, q: Array, k: Array, v: Array) -> tuple[int, ...]:
+    """batch, heads, queries, head_size, kv_heads, keys; errors unless the shapes fit."""
     for what, x in (("k", k), ("v", v)):
         check_kind(kind, x, what, "q")
-    for what, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 4:
-            raise ShapeError(
-                f"{what} has the shape {tuple(x.shape)}; it must be [batch, heads, positions, head_size]"
-            )
-    if tuple(k.shape) != tuple(v.shape):
-        raise ShapeError(f"k has the shape {tuple(k.shape)} and v {tuple(v.shape)}; they must be equal")
-    (batch, heads, _, head_size), kv_heads = tuple(q.shape), k.shape[1]
-    if (k.shape[0], k.shape[3]) != (batch, head_size):
+    shapes = tuple(q.shape), tuple(k.shape), tuple(v.shape)
+    for what, shape in zip("qkv", shapes, strict=True):
+        if len(shape) != 4:
+            raise ShapeError(f"{what} has the shape {shape}; it must be [batch, heads, positions, head_size]")
+    (batch, heads, queries, head_size), (k_batch, kv_heads, keys, k_size), _ = shapes
+    if shapes[1] != shapes[2]:
+        raise ShapeError(f"k has the shape {shapes[1]} and v {shapes[2]}; they must be equal")
+    if (k_batch, k_size) != (batch, head_size):
         raise ShapeError(
-            f"q has the shape {tuple(q.shape)} and k {tuple(k.shape)}; their batch and head_size must be "
-            "equal"
+            f"q has the shape {shapes[0]} and k {shapes[1]}; their batch and head_size must be equal"
         )
     if head_size == 0 or kv_heads == 0 or heads == 0 or heads % kv_heads:
         raise ShapeError(
             f"q has {heads} heads of {head_size} elements and k {kv_heads} heads: it must be a multiple, and "
             "none of them zero"
         )
+    return batch, heads, queries, head_size, kv_heads, keys
 
 
 def _not_recorded(kind: Kind, **operands: Array | None) -> None:
+    if kind is NUMPY or not kind.torch.is_grad_enabled():
+        return
     for what, x in operands.items():
-        if getattr(x, "requires_grad", False) and kind.torch.is_grad_enabled():
+        if getattr(x, "requires_grad", False):
             raise ValueError(
                 f"attention: {what} requires a gradient, which this function does not record; call it under "
                 "torch.no_grad()"
@@ -216,7 +217,8 @@ def _placed(kind: Kind, x: Array, *, side_by_side: bool = False) -> tuple[Array,
         inner = not side_by_side or x.shape[-1] <= 1 or x.strides[-1] == x.itemsize
         x = x if readable and inner else x.copy()
         return x, tuple(stride // x.itemsize for stride in x.strides)
-    x = x.detach().resolve_neg()
-    if side_by_side and x.shape[-1] > 1 and x.stride(-1) != 1:
-        x = x.contiguous()
-    return x, tuple(x.stride())
+    strides = x.stride()
+    if x.is_neg() or (side_by_side and strides[-1] != 1 and x.shape[-1] > 1):
+        x = kind.cast(x, x.dtype)
+        strides = x.stride()
+    return x, strides

@@ -57,8 +57,8 @@ def gated_linear(
     out_dtype: Any = None,
     static: tuple[float, int] | None = None,
 ) -> Array:
-    """`(x @ weight.T + bias) * activation(x @ gate.T + gate_bias) + residual`, x quantized once: the first half
-    of a gated MLP (Shazeer 2020, arXiv:2002.05202), SwiGLU with silu.
+    """`(x @ weight.T + bias) * activation(x @ gate.T + gate_bias) + residual`, x quantized once: the
+    first half of a gated MLP (Shazeer 2020, arXiv:2002.05202), SwiGLU with silu.
 
     gate: of the shape and scheme of `packed`. The rest as for `linear`; the product is one float32
     multiplication. Raises what `linear` does.
@@ -68,7 +68,8 @@ def gated_linear(
         raise DTypeError(f"gate must be a PackedWeight, not {type(gate).__name__}")
     if isinstance(packed, PackedWeight) and (gate.shape, gate.scheme) != (packed.shape, packed.scheme):
         raise ShapeError(
-            f"gate is {gate.shape} in {gate.scheme}; it must be {packed.shape} in {packed.scheme} like the weight"
+            f"gate is {gate.shape} in {gate.scheme}; it must be {packed.shape} in {packed.scheme} like the "
+            "weight"
         )
     return run_linear(x, packed, bias, activation, residual, out_dtype, static, gate, gate_bias)
 
@@ -111,8 +112,8 @@ def linears(
     for p in packed[1:]:
         if (p.shape[1], p.scheme) != (packed[0].shape[1], packed[0].scheme):
             raise ShapeError(
-                f"a weight is {p.shape} in {p.scheme}; all must be of {packed[0].shape[1]} input features and of "
-                f"{packed[0].scheme} like the first"
+                f"a weight is {p.shape} in {p.scheme}; all must be of {packed[0].shape[1]} input features "
+                f"and of {packed[0].scheme} like the first"
             )
     kind = first.kind
     outs = [kind.empty((*x.shape[:-1], p.shape[0]), x.dtype) for p in packed]

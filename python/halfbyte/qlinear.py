@@ -1,4 +1,4 @@
-"""QLinear: the module that takes the place of nn.Linear; codes and scales are its buffers, the pack its cache."""
+"""QLinear: the module in the place of nn.Linear; codes and scales are its buffers, the pack its cache."""
 
 from __future__ import annotations
 

@@ -132,8 +132,8 @@ def _linear_f32(rng: np.random.Generator) -> list[np.ndarray]:
             out = np.empty((m, n), np.float32)
             pointers = [NUMPY.pointer(a) for a in (x, out, bias, residual)]
             _core.linear(
-                packed, m, pointers[0], k, F32, pointers[1], n, F32, pointers[2], activation, pointers[3], n, F32,
-                0.0, 0, NUMPY.threads(),
+                packed, m, pointers[0], k, F32, pointers[1], n, F32, pointers[2], activation, pointers[3], n,
+                F32, 0.0, 0, NUMPY.threads(),
             )  # fmt: skip
             results.append(out)
     return results

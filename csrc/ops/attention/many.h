@@ -12,7 +12,9 @@ namespace halfbyte::HALFBYTE_ISA {
 namespace {
 
 constexpr int lanes = attention::task_rows;
-constexpr int mr = 6;
+// Keys or features of a tile. Of one vector alone 12, since 6 sums would wait for themselves.
+template <int vectors>
+constexpr int mr = vectors == 1 ? 12 : 6;
 
 struct Scores {
   const float* k;
@@ -31,13 +33,13 @@ __attribute__((noinline)) void score_tile(const Scores& a, int64_t first, int64_
   // the pointers from one another again.
   const int64_t k_row = a.k_row, size = a.head_size;
   const float* k[(keys + 2) / 3];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
   for (int i = 0; i < (keys + 2) / 3; ++i) {
     k[i] = a.k + (first + 3 * i) * k_row;
     asm("" : "+r"(k[i]));
   }
   F acc[keys][vectors];
-#pragma GCC unroll 6
+#pragma GCC unroll 12
   for (int i = 0; i < keys; ++i)
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) acc[i][v] = set1(0);
@@ -46,7 +48,7 @@ __attribute__((noinline)) void score_tile(const Scores& a, int64_t first, int64_
     F b[vectors];
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) b[v] = load<DType::f32>(t + v * width);
-#pragma GCC unroll 6
+#pragma GCC unroll 12
     for (int i = 0; i < keys; ++i) {
       const F x = set1(k[i / 3][(i % 3) * k_row + d]);
 #pragma GCC unroll 4
@@ -54,7 +56,7 @@ __attribute__((noinline)) void score_tile(const Scores& a, int64_t first, int64_
     }
   }
   if (a.key_bias) {
-#pragma GCC unroll 6
+#pragma GCC unroll 12
     for (int i = 0; i < keys; ++i) {
       const F x = set1(a.key_bias[first + i]);
 #pragma GCC unroll 4
@@ -63,7 +65,7 @@ __attribute__((noinline)) void score_tile(const Scores& a, int64_t first, int64_
   }
   if (a.bias) {
     const float* const bias = a.bias + first * lanes + lane;
-#pragma GCC unroll 6
+#pragma GCC unroll 12
     for (int i = 0; i < keys; ++i)
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) acc[i][v] = biased(acc[i][v], load<DType::f32>(bias + i * lanes + v * width));
@@ -72,7 +74,7 @@ __attribute__((noinline)) void score_tile(const Scores& a, int64_t first, int64_
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
       const F begin = load<DType::f32>(a.begin + lane + v * width), end = load<DType::f32>(a.end + lane + v * width);
-#pragma GCC unroll 6
+#pragma GCC unroll 12
       for (int i = 0; i < keys; ++i) {
         const F j = set1(static_cast<float>(first + i));
         acc[i][v] = select_greater(begin, j, set1(-infinity), select_greater(end, j, acc[i][v], set1(-infinity)));
@@ -83,7 +85,7 @@ __attribute__((noinline)) void score_tile(const Scores& a, int64_t first, int64_
 #pragma GCC unroll 4
   for (int v = 0; v < vectors; ++v) {
     F most = load<DType::f32>(top + v * width);
-#pragma GCC unroll 6
+#pragma GCC unroll 12
     for (int i = 0; i < keys; ++i) {
       most = max(acc[i][v], most);
       store<DType::f32>(s + i * lanes + v * width, acc[i][v]);
@@ -127,7 +129,7 @@ __attribute__((noinline)) void value_tile(const Values& a, int64_t first, int64_
   F acc[features][vectors];
   float* const o = a.o + first * lanes + lane;
   if (a.begin) {
-#pragma GCC unroll 6
+#pragma GCC unroll 12
     for (int i = 0; i < features; ++i)
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) acc[i][v] = set1(0);
@@ -135,7 +137,7 @@ __attribute__((noinline)) void value_tile(const Values& a, int64_t first, int64_
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
       const F decay = load<DType::f32>(a.decay + lane + v * width);
-#pragma GCC unroll 6
+#pragma GCC unroll 12
       for (int i = 0; i < features; ++i) acc[i][v] = mul(load<DType::f32>(o + i * lanes + v * width), decay);
     }
   }
@@ -145,14 +147,14 @@ __attribute__((noinline)) void value_tile(const Values& a, int64_t first, int64_
     F b[vectors];
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) b[v] = load<DType::f32>(p + v * width);
-#pragma GCC unroll 6
+#pragma GCC unroll 12
     for (int i = 0; i < features; ++i) {
       const F y = set1(x[i]);
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) acc[i][v] = fma(y, b[v], acc[i][v]);
     }
   }
-#pragma GCC unroll 6
+#pragma GCC unroll 12
   for (int i = 0; i < features; ++i)
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) store<DType::f32>(o + i * lanes + v * width, acc[i][v]);
@@ -176,10 +178,10 @@ inline F any_weights_of(int g, float* s, F top) {
   return weights_of<groups>(s, top);
 }
 
-// Calls tile(count, first) for nearly equal parts of at most mr: a narrow last one would wait for its own sums.
-template <class Tile>
+// Calls tile(count, first) for nearly equal parts of at most `most`: a narrow last one would wait for its own sums.
+template <int most, class Tile>
 inline void in_tiles(int64_t total, Tile&& tile) {
-  int64_t tiles = (total + mr - 1) / mr;
+  int64_t tiles = (total + most - 1) / most;
   for (int64_t first = 0; first < total; --tiles) {
     const int64_t count = (total - first + tiles - 1) / tiles;
     tile(static_cast<int>(count), first);
@@ -194,7 +196,8 @@ struct Sums {
 // One block of keys for `vectors` vectors of rows.
 template <int vectors>
 void strip(const Scores& scores, const Values& values, const Sums& sums, float* decay, int64_t lane) {
-  in_tiles(values.keys, [&](int count, int64_t j) { any_score_tile<mr, vectors>(count, scores, j, lane); });
+  constexpr int most = mr<vectors>;
+  in_tiles<most>(values.keys, [&](int n, int64_t j) { any_score_tile<most, vectors>(n, scores, j, lane); });
   const int groups = (values.keys + 15) / 16;
   for (int j = values.keys; j < groups * 16; ++j) {
     for (int v = 0; v < vectors; ++v) store<DType::f32>(scores.s + j * lanes + lane + v * width, set1(-infinity));
@@ -207,7 +210,7 @@ void strip(const Scores& scores, const Values& values, const Sums& sums, float* 
     store<DType::f32>(sums.l + at, fma(load<DType::f32>(sums.l + at), c, total));
     store<DType::f32>(decay + at, c);
   }
-  in_tiles(scores.head_size, [&](int count, int64_t d) { any_value_tile<mr, vectors>(count, values, d, lane); });
+  in_tiles<most>(scores.head_size, [&](int n, int64_t d) { any_value_tile<most, vectors>(n, values, d, lane); });
 }
 template <int vectors>
 inline void any_strip(int n, const Scores& scores, const Values& values, const Sums& sums, float* decay, int64_t lane) {

@@ -108,9 +108,16 @@ void many_rows(const Args& a, const Rows& rows, const Memory& memory) {
                         cut ? memory.begin : nullptr,
                         cut ? memory.end : nullptr};
     const float* const v_rows = reinterpret_cast<const float*>(v.rows);
-    const Values values{v_rows, v.row_bytes / 4, keys, memory.s, memory.o, memory.decay, begin};
-    for (int lane = 0; lane < rows.count; lane += nv * width) {
-      const int vectors = (rows.count - lane + width - 1) / width;
+    Values values{v_rows, v.row_bytes / 4, keys, memory.s, memory.o, memory.decay, begin};
+    // Where the rows see more and more keys, strips of two vectors leave out most of what they do not see.
+    const int most = cut && a.causal && nv > 2 ? 2 : nv;
+    for (int lane = 0; lane < rows.count; lane += most * width) {
+      const int left = (rows.count - lane + width - 1) / width, vectors = left < most ? left : most;
+      if (cut) {
+        const int last = lane + vectors * width < rows.count ? lane + vectors * width : rows.count;
+        const int64_t end = seen_by(a, (rows.first + last - 1) / rows.group, first, keys).end;
+        values.keys = end < 1 ? 1 : static_cast<int>(end);  // one that counts as 0 where there is none
+      }
       any_strip<nv>(vectors, scores, values, {memory.m, memory.l}, memory.decay, lane);
     }
     begin = false;

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..errors import HalfbyteError
 from ..extras import require
-from . import footprint, generation, perplexity, smollm2
+from . import footprint, fusion, generation, perplexity, smollm2
 from .engine import Sampler, median_of_ratios, progress, run_rounds
 from .linear import OURS, thread_counts
 from .llm import describe_with
@@ -46,6 +46,7 @@ class Contestant:
     note: str
     weight_bytes: int
     loss: float  # nats per token of the longest prompt
+    unfused_loss: float | None  # of the same weights before they were fused; None where that does not apply
     prefills: Sequence[Sampler]  # one per prompt
     decode: Sampler
 
@@ -53,16 +54,26 @@ class Contestant:
 def run(settings: Settings) -> dict:
     """Measure everything in the same rounds; the result holds plain JSON values, with every sample."""
     torch = require("torch", extra="demo", purpose="halfbyte bench decoder")
+    import halfbyte as hb
+
     with thread_counts(settings.threads):
         progress("reading the model")
         base, tokenizer = smollm2.load(settings.gguf)
         ids = _prompt(base, tokenizer, settings)
         contestants = [_of_torch(FLOAT, base, "float32", ids, settings)]
+        unfused = []
         for scheme in settings.schemes:
             progress(f"quantizing: {scheme}")
             model = smollm2.quantized(base, scheme)
             name, what = f"{OURS} {scheme}", smollm2.what_is_quantized(model)
-            contestants.append(_of_torch(name, model, what, ids, settings))
+            if not unfused:
+                plain = f"{what}; transformers' own forward and cache"
+                unfused = [_of_torch(f"{name} unfused", copy.deepcopy(model), plain, ids, settings)]
+            loss = perplexity.window_loss(model, ids[0])
+            hb.fuse_(model)
+            what += f"; {fusion.describe(model)}; hb.generate, keys and values {generation.CACHE}"
+            contestants.append(_of_torch(name, model, what, ids, settings, loss))
+        contestants += unfused
         unavailable = {}
         for name in settings.vs:
             progress(f"building {name}")
@@ -81,6 +92,7 @@ def run(settings: Settings) -> dict:
             "machine": describe_with(settings.threads, (*smollm2.PACKAGES, "llama-cpp-python")),
             "settings": plain,
             "model": settings.gguf.name if settings.gguf else smollm2.NAME,
+            "ours": f"{OURS} {settings.schemes[0]}",  # what ours_is_faster_by is about
             "rows": [_row(one, contestants, samples, settings) for one in contestants],
             "unavailable": unavailable,
         }
@@ -98,12 +110,12 @@ def _prompt(base, tokenizer, settings: Settings):
 
 def _row(one: Contestant, contestants: Sequence[Contestant], samples: dict, settings: Settings) -> dict:
     """Tokens per second (medians), and how much faster the first of our schemes is in the same rounds."""
-    ours = next((c for c in contestants if c.name.startswith(OURS)), None)
+    ours = next(c for c in contestants if c.name == f"{OURS} {settings.schemes[0]}")
     measures = []
     for index, sampler in enumerate((*one.prefills, one.decode)):
         seconds = samples[sampler.name]
         tokens = (*settings.prompts, settings.decode)[index]
-        reference = (*ours.prefills, ours.decode)[index] if ours and ours is not one else None
+        reference = (*ours.prefills, ours.decode)[index] if ours is not one else None
         measures.append(
             {
                 "what": "decode" if sampler is one.decode else "prefill",
@@ -118,22 +130,20 @@ def _row(one: Contestant, contestants: Sequence[Contestant], samples: dict, sett
         "note": one.note,
         "weight_bytes": one.weight_bytes,
         "loss": one.loss,
+        "unfused_loss": one.unfused_loss,
         "measures": measures,
     }
 
 
-def _of_torch(name: str, model, note: str, ids, settings: Settings) -> Contestant:
+def _of_torch(
+    name: str, model, note: str, ids, settings: Settings, unfused_loss: float | None = None
+) -> Contestant:
     import torch
 
     with torch.inference_mode():
-        return Contestant(
-            name,
-            note,
-            footprint.byte_count(model),
-            perplexity.window_loss(model, ids[0]),
-            [generation.Prefill(f"{n} {name}", model, ids[:, :n]) for n in settings.prompts],
-            generation.Decode(name, model, ids, settings.decode),
-        )
+        prefills, decode = generation.samplers(name, model, ids, settings.prompts, settings.decode)
+        loss = perplexity.window_loss(model, ids[0])
+    return Contestant(name, note, footprint.byte_count(model), loss, unfused_loss, prefills, decode)
 
 
 def _peer(name: str, base, ids, settings: Settings) -> Contestant:
@@ -153,5 +163,5 @@ def _peer(name: str, base, ids, settings: Settings) -> Contestant:
             f"{what}: {sampler.chosen}" for what, sampler in zip(whats, [*prefills, decode], strict=True)
         )
         loss = next(iter(ways.values())).loss(ids)
-        note = f"{model.describe()}; {chosen}, the fastest of {len(ways)}"
-        return Contestant(name, note, model.weight_bytes, loss, prefills, decode)
+        note = f"{model.describe()}; keys and values f16; {chosen}, the fastest of {len(ways)}"
+        return Contestant(name, note, model.weight_bytes, loss, None, prefills, decode)

@@ -1,11 +1,14 @@
-"""Greedy generation with a key-value cache, in a plain loop that is the same for every model, timed."""
+"""Greedy generation with a key-value cache, timed: `hb.generate` of fused models, a plain loop of others."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from .engine import run_rounds
+from ..errors import ModelError
+from .engine import Sampler, run_rounds
+
+CACHE = "bfloat16"  # of keys and values, where hb.generate runs
 
 
 def prefill(model, ids):
@@ -20,15 +23,39 @@ def step(model, cache, token):
     return out.past_key_values, out.logits[:, -1:].argmax(-1)
 
 
+def generate(model, ids, tokens: int, **options):
+    """`hb.generate` of the likeliest tokens after ids [1, n], with the cache that is measured."""
+    import torch
+
+    import halfbyte as hb
+
+    return hb.generate(model, ids, tokens, attention_mask=torch.ones_like(ids), cache_dtype=CACHE, **options)
+
+
+def is_fused(model) -> bool:
+    """Whether `hb.generate` runs it."""
+    from ..fuse.llama import decoder_of
+
+    try:
+        decoder_of(model)
+    except ModelError:
+        return False
+    return True
+
+
 def continuation(model, tokenizer, prompt: str, tokens: int) -> str:
     """What follows `prompt`: at most `tokens` tokens, the likeliest each time, until the text ends."""
     import torch
 
     ids = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]])
-    found: list[int] = []
+    end = tokenizer.eos_token_id
+    if is_fused(model):
+        found = generate(model, ids, tokens, eos_token_id=[] if end is None else end)[0, ids.shape[1] :]
+        return tokenizer.decode([token for token in found.tolist() if token != end])
+    found = []
     with torch.inference_mode():
         cache, token = prefill(model, ids)
-        while len(found) < tokens and int(token) != tokenizer.eos_token_id:
+        while len(found) < tokens and int(token) != end:
             found.append(int(token))
             cache, token = step(model, cache, token)
     return tokenizer.decode(found)
@@ -65,6 +92,42 @@ class Decode:
         return time.perf_counter() - start
 
 
+class FusedPrefill:
+    """Seconds to the first token of `hb.generate`."""
+
+    def __init__(self, name: str, model, ids):
+        self.name, self.model, self.ids = f"prefill {name}", model, ids
+        self.sample()  # packs the weights
+
+    def sample(self) -> float:
+        start = time.perf_counter()
+        generate(self.model, self.ids, 1, eos_token_id=[])
+        return time.perf_counter() - start
+
+
+class FusedDecode:
+    """Seconds of `hb.generate` for `tokens` tokens after the first."""
+
+    def __init__(self, name: str, model, ids, tokens: int):
+        self.name, self.model, self.ids, self.tokens = f"decode {name}", model, ids, tokens
+
+    def sample(self) -> float:
+        times: list[float] = []
+        generate(
+            self.model, self.ids, self.tokens + 1, eos_token_id=[],
+            streamer=lambda token: times.append(time.perf_counter()),
+        )  # fmt: skip
+        return times[-1] - times[0]
+
+
+def samplers(name: str, model, ids, prompts: Sequence[int], tokens: int) -> tuple[list[Sampler], Sampler]:
+    """(of each length of a prompt that ids [1, n] start with, of `tokens` tokens after ids)."""
+    first, after = (FusedPrefill, FusedDecode) if is_fused(model) else (Prefill, Decode)
+    labels = [name] if len(prompts) == 1 else [f"{n} {name}" for n in prompts]
+    prefills = [first(label, model, ids[:, :n]) for label, n in zip(labels, prompts, strict=True)]
+    return prefills, after(name, model, ids, tokens)
+
+
 def speeds(models: Mapping[str, object], ids, tokens: int, rounds: int) -> dict[str, dict[str, list[float]]]:
     """{model: {"prefill_s": samples, "decode_s": samples}} for a prompt [1, n] and `tokens` more, batch 1.
 
@@ -73,9 +136,9 @@ def speeds(models: Mapping[str, object], ids, tokens: int, rounds: int) -> dict[
     import torch
 
     with torch.inference_mode():
-        samplers = [Prefill(name, model, ids) for name, model in models.items()]
-        samplers += [Decode(name, model, ids, tokens) for name, model in models.items()]
-        samples = run_rounds(samplers, rounds, "tokens per second")
+        found = [samplers(name, model, ids, [ids.shape[1]], tokens) for name, model in models.items()]
+        flat = [*(prefill for (prefill,), _ in found), *(decode for _, decode in found)]
+        samples = run_rounds(flat, rounds, "tokens per second")
     return {
         name: {"prefill_s": samples[f"prefill {name}"], "decode_s": samples[f"decode {name}"]}
         for name in models

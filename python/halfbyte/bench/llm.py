@@ -1,16 +1,17 @@
-"""One language model in float and in several schemes: perplexity, tokens per second, bytes, text."""
+"""One language model in float and, fused, in several schemes: perplexity, tokens per second, bytes, text."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import statistics
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..extras import require
-from . import footprint, generation, perplexity, smollm2
+from . import footprint, fusion, generation, perplexity, smollm2
 from .engine import progress
 from .linear import thread_counts
 from .machine import describe, package_version
@@ -41,6 +42,7 @@ def run(settings: Settings) -> dict:
     The text is read before the model, so that a wrong path costs no time.
     """
     require("torch", extra="demo", purpose="halfbyte demo llm")
+    start = time.perf_counter()
     text = perplexity.read_text(settings.text)
     with thread_counts(settings.threads):
         progress("reading the model")
@@ -58,6 +60,7 @@ def run(settings: Settings) -> dict:
                 | _speed_row(speeds[name], prompt.shape[1], settings.decode)
                 | {
                     "quantized": smollm2.what_is_quantized(model),
+                    "fused": fusion.describe(model) if name not in (FLOAT, HALF) else "nothing",
                     "saved_bytes": footprint.byte_count(model),
                     "memory_bytes": footprint.resident_bytes(model),
                     "continuation": generation.continuation(
@@ -76,6 +79,7 @@ def run(settings: Settings) -> dict:
             "model": settings.gguf.name if settings.gguf else smollm2.NAME,
             "text": text_entry(text, windows),
             "rows": rows,
+            "seconds": time.perf_counter() - start,
         }
 
 
@@ -123,12 +127,14 @@ def describe_with(threads: int, packages: Sequence[str]) -> dict:
 
 
 def _models(base, schemes: Sequence[str]) -> dict[str, object]:
+    import halfbyte as hb
+
     def build() -> Iterator[tuple[str, object]]:
         yield FLOAT, base
         yield HALF, copy.deepcopy(base).bfloat16()
         for scheme in schemes:
             progress(f"quantizing: {scheme}")
-            yield scheme, smollm2.quantized(base, scheme)
+            yield scheme, hb.fuse_(smollm2.quantized(base, scheme))
 
     models = dict(build())
     progress("")

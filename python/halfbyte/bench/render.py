@@ -63,8 +63,10 @@ def _overhead(result: dict, table: Table) -> list[str]:
 
 
 def _model(result: dict, table: Table) -> list[str]:
-    blocks = [f"{result['model']}: {result['replaced']} of its linear layers replaced; ms per forward pass"]
-    headers = ["batch x tokens", "", "ms", "speed-up", "min cosine", "halfbyte is", "what ran"]
+    ours = result["ours"]
+    which = f"{result['replaced']} of its linear layers quantized"
+    blocks = [f"{result['model']}: {which}; ms per forward pass"]
+    headers = ["batch x tokens", "", "ms", "speed-up", "min cosine", f"{ours} is", "what ran"]
     rows = []
     for shape in result["results"]:
         size = f"{shape['batch']}x{shape['tokens']}"
@@ -78,31 +80,33 @@ def _model(result: dict, table: Table) -> list[str]:
         ]
     blocks.append(table(headers, rows))
     blocks.append(
-        "ms: median over rounds; speed-up (over torch float32), 'halfbyte is': median per-round quotients; "
-        "min cosine: worst sentence embedding of the batch against torch float32."
+        f"ms: median over rounds; speed-up (over torch float32), '{ours} is': median per-round quotients; "
+        "min cosine: worst sentence embedding of the batch against torch float32; fused: after hb.fuse_, "
+        "fp32: without quantizing."
     )
     return blocks
 
 
 def _decoder(result: dict, table: Table) -> list[str]:
     measures = [f"{m['what']} {m['tokens']}" for m in result["rows"][0]["measures"]]
-    scheme = (result["settings"]["schemes"] or ["halfbyte"])[0]
-    headers = ["", *(h for m in measures for h in (m, f"{scheme} is")), "MB", "loss", "what ran"]
+    ours = result["ours"]
+    times = [h for m in measures for h in (m, f"{ours} is")]
+    headers = ["", *times, "MB", "loss", "unfused loss", "what ran"]
     rows = []
     for row in result["rows"]:
         cells = []
         for measure in row["measures"]:
             cells += [significant(measure["tokens_per_s"], 4), _times(measure["ours_is_faster_by"])]
-        rows.append(
-            [row["name"], *cells, f"{row['weight_bytes'] / 1e6:.1f}", f"{row['loss']:.3f}", row["note"]]
-        )
+        unfused = row["unfused_loss"]
+        cells += [f"{row['weight_bytes'] / 1e6:.1f}", f"{row['loss']:.3f}"]
+        rows.append([row["name"], *cells, "-" if unfused is None else f"{unfused:.3f}", row["note"]])
     gap = ["-"] * (len(headers) - 2)
     rows += [[name, *gap, f"not measured: {why}"] for name, why in result["unavailable"].items()]
     return [
         f"{result['model']}, batch 1: tokens per second in a prompt (prefill), after the longest (decode)",
         table(headers, rows),
-        f"Tokens per second: medians over rounds; '{scheme} is': medians of per-round quotients. "
-        "MB: weights as saved. loss: nats per token of the longest prompt.",
+        f"Tokens per second: medians over rounds; '{ours} is': medians of per-round quotients. MB: weights "
+        "as saved. loss: nats per token of the longest prompt; unfused loss: of the same weights before fuse_.",
     ]
 
 

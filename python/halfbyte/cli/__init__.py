@@ -1,4 +1,4 @@
-"""The `halfbyte` command: doctor, bench, demo, profile, inspect. Only the subcommand that runs is imported."""
+"""The `halfbyte` command: doctor, bench, demo, profile, inspect. Only the one that runs is imported."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _COMMANDS = {
     "doctor": "what this machine can run, what was built, which kernel each op uses, and a self-test",
     "bench": "measure layers, call overhead or a whole model against other tools and this machine's ceilings",
     "demo": "search Python's documentation with MiniLM in float32 and int8, or (llm) run a language model",
-    "profile": "where the time of a model goes: MiniLM, by layer and op, with the share of the machine's ceilings",
+    "profile": "where the time of MiniLM goes, by layer and op, beside what this machine can do",
     "inspect": "show what a directory written by halfbyte.save holds",
 }
 _EXIT_ERROR = 2  # argparse uses the same status for a wrong command line

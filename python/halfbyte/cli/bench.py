@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     call = kinds.add_parser("overhead", help="cost of one call of a tiny layer above its kernel")
     _add_common(call, rounds=25, round_ms=10, threads=False)
 
-    whole = kinds.add_parser("model", help="MiniLM with its linear layers replaced")
+    whole = kinds.add_parser("model", help="MiniLM quantized and fused, against float32 and other tools")
     whole.add_argument(
         "--shape", type=_shapes(2), default=_DEFAULT_MODEL_SHAPES, metavar="BxT,...",
         help="batch x tokens (default 1x16,1x128,8x64,32x128)",
@@ -83,7 +83,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     language.add_argument(
         "--scheme", type=schemes, default=list(decoder.SCHEMES), metavar="S,...",
-        help=f"halfbyte schemes (default {','.join(decoder.SCHEMES)})",
+        help=f"halfbyte schemes, fused; the first is what others are compared with "
+        f"(default {','.join(decoder.SCHEMES)})",
     )  # fmt: skip
     language.add_argument(
         "--vs", type=_names(decoder.PEERS), default=list(decoder.DEFAULT_PEERS), metavar="P,...",

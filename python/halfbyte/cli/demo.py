@@ -1,4 +1,4 @@
-"""`halfbyte demo`: MiniLM searches Python's own documentation in float32 and in int8, side by side.
+"""`halfbyte demo`: MiniLM searches Python's own documentation in float32, int8 and int8 fused, side by side.
 
 `halfbyte demo llm` is a demonstration of its own (demo_llm.py).
 """
@@ -11,7 +11,7 @@ import statistics
 import textwrap
 import time
 
-from ..bench import footprint, minilm
+from ..bench import footprint, fusion, minilm
 from ..bench.linear import kernel_name, thread_counts
 from ..bench.machine import available_cores
 from ..extras import require
@@ -22,7 +22,7 @@ from .arguments import positive
 _SCHEME = "w8a8"
 _BATCH = 32
 _TOP = 5
-_FLOAT, _OURS = "float32", "halfbyte"
+_FLOAT, _QUANTIZED, _FUSED = "float32", _SCHEME, f"{_SCHEME} fused"
 _QUESTIONS = (
     "How do I leave a loop before it has finished?",
     "How can I run cleanup code whether or not an error happened?",
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `halfbyte demo`."""
     cores = available_cores()
     parser.set_defaults(demo=_run_minilm)
-    parser.add_argument("--threads", type=positive, default=cores, help=f"for both models (default {cores})")
+    parser.add_argument("--threads", type=positive, default=cores, help=f"for all models (default {cores})")
     parser.add_argument(
         "--passages", type=int, metavar="N", help="index only the first N passages (default: all)"
     )
@@ -74,26 +74,31 @@ def _compare(args: argparse.Namespace) -> int:
     import halfbyte as hb
 
     base, tokenizer = minilm.load()
-    models = {_FLOAT: base, _OURS: hb.quantize_(copy.deepcopy(base), _SCHEME)}
+    quantized = hb.quantize_(copy.deepcopy(base), _SCHEME)
+    models = {_FLOAT: base, _QUANTIZED: quantized, _FUSED: hb.fuse_(copy.deepcopy(quantized))}
     passages = minilm.passages()[: args.passages]
     texts = [text for _, text in passages]
     print(
         f"{minilm.NAME} reads Python's documentation: {len(texts)} passages, {args.threads} threads, "
         f"{kernel_name(_SCHEME)}\n"
     )
-    vectors, seconds = _embed_both(models, tokenizer, texts)
+    vectors, seconds = _embed_all(models, tokenizer, texts)
     queries = {name: minilm.embed_texts(model, tokenizer, _QUESTIONS) for name, model in models.items()}
     hits = {name: (queries[name] @ vectors[name].T).topk(min(_TOP, len(texts)), dim=1) for name in models}
     for index, question in enumerate(_QUESTIONS[: args.show]):
         _print_answers(
-            question, passages, {name: (h.values[index], h.indices[index]) for name, h in hits.items()}
-        )
+            question, passages,
+            {name: (hits[name].values[index], hits[name].indices[index]) for name in (_FLOAT, _FUSED)},
+        )  # fmt: skip
     print(_table(models, vectors, seconds, hits))
+    faster = _ratio(seconds[_QUANTIZED], seconds[_FUSED])
+    what = fusion.describe(models[_FUSED])
+    print(f"\nFused: hb.fuse_(model), {what}; {faster:.2f}x faster than {_SCHEME} alone.")
     return 0
 
 
-def _embed_both(models: dict, tokenizer, texts: list[str]) -> tuple[dict, dict[str, list[float]]]:
-    """Embeddings of all texts and seconds per batch; both models take each batch, first in turn."""
+def _embed_all(models: dict, tokenizer, texts: list[str]) -> tuple[dict, dict[str, list[float]]]:
+    """Embeddings of all texts and seconds per batch; all models take each batch, each in turn first."""
     import torch
     from tqdm import tqdm
 
@@ -105,9 +110,10 @@ def _embed_both(models: dict, tokenizer, texts: list[str]) -> tuple[dict, dict[s
         warm_up = minilm.tokenize(tokenizer, [texts[i] for i in batches[len(batches) // 2]])
         for model in models.values():
             minilm.embed(model, warm_up)
-        for number, batch in enumerate(tqdm(batches, desc="embedding with both", unit="batch")):
+        for number, batch in enumerate(tqdm(batches, desc="embedding with all", unit="batch")):
             inputs = minilm.tokenize(tokenizer, [texts[i] for i in batch])
-            for name in list(models)[:: 1 if number % 2 else -1]:
+            first = number % len(models)
+            for name in [*models][first:] + [*models][:first]:
                 start = time.perf_counter()
                 rows = minilm.embed(models[name], inputs)
                 seconds[name].append(time.perf_counter() - start)
@@ -123,46 +129,57 @@ def _print_answers(question: str, passages: list[tuple[str, str]], best: dict) -
         snippet = textwrap.shorten(text, width=160, placeholder=" ...")
         print(
             textwrap.fill(
-                f"{name:>8} {float(scores[0]):.3f} [{topic}] {snippet}", 100, subsequent_indent=" " * 9
+                f"{name:>{len(_FUSED)}} {float(scores[0]):.3f} [{topic}] {snippet}",
+                100,
+                subsequent_indent=" " * (len(_FUSED) + 1),
             )
         )
     print()
 
 
+def _ratio(slow: list[float], fast: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
+
+
 def _table(models: dict, vectors: dict, seconds: dict[str, list[float]], hits: dict) -> str:
-    cosine = (vectors[_FLOAT] * vectors[_OURS]).sum(1)
-    ratio = statistics.median(f / q for f, q in zip(seconds[_FLOAT], seconds[_OURS], strict=True))
+    cosines = {name: (vectors[_FLOAT] * vectors[name]).sum(1) for name in (_QUANTIZED, _FUSED)}
     found = {name: h.indices.tolist() for name, h in hits.items()}
-    pairs = list(zip(found[_FLOAT], found[_OURS], strict=True))
-    same_first = sum(a[0] == b[0] for a, b in pairs)
-    shared = sum(len(set(a) & set(b)) for a, b in pairs)
-    total = sum(len(a) for a, _ in pairs)
+    pairs = {name: list(zip(found[_FLOAT], found[name], strict=True)) for name in cosines}
+    first = {name: sum(a[0] == b[0] for a, b in pairs[name]) for name in pairs}
+    shared = {name: sum(len(set(a) & set(b)) for a, b in pairs[name]) for name in pairs}
+    top = len(found[_FLOAT][0])
     sizes = {name: footprint.resident_bytes(model) for name, model in models.items()}
     saved = {name: footprint.byte_count(model) for name, model in models.items()}
     embedding = sum(p.numel() * p.element_size() for p in models[_FLOAT].embeddings.parameters())
+    rest = {name: size - embedding for name, size in saved.items()}
+
+    def size_row(label: str, sizes: dict[str, int]) -> list[str]:
+        smaller = f"{sizes[_FLOAT] / sizes[_FUSED]:.2f}x smaller"
+        return [label, *(mebibytes(size) for size in sizes.values()), smaller]
+
     return text_table(
-        ["", _FLOAT, _OURS, "comparison"],
+        ["", *models, f"fused to {_FLOAT}"],
         [
             [
                 f"ms per batch of {_BATCH}, median",
                 *(f"{statistics.median(seconds[n]) * 1e3:.1f}" for n in models),
-                f"{ratio:.2f}x faster (median over batches)",
+                f"{_ratio(seconds[_FLOAT], seconds[_FUSED]):.2f}x faster (median over batches)",
             ],
             ["all passages, seconds", *(f"{sum(seconds[n]):.1f}" for n in models), ""],
+            size_row("model bytes in memory", sizes),
+            size_row("model bytes on disk", saved),
+            size_row("  without the float embeddings", rest),
             [
-                "model bytes in memory", *(mebibytes(sizes[n]) for n in models),
-                f"{sizes[_FLOAT] / sizes[_OURS]:.2f}x smaller",
+                f"cosine to {_FLOAT}, mean", "", *(f"{c.mean():.4f}" for c in cosines.values()),
+                f"worst {cosines[_FUSED].min():.4f}",
             ],
             [
-                "model bytes on disk", *(mebibytes(saved[n]) for n in models),
-                f"{saved[_FLOAT] / saved[_OURS]:.2f}x smaller",
+                "same best passage", "", *(str(n) for n in first.values()),
+                f"{first[_FUSED]} of {len(_QUESTIONS)} questions",
             ],
             [
-                "  without the float embeddings", *(mebibytes(saved[n] - embedding) for n in models),
-                f"{(saved[_FLOAT] - embedding) / (saved[_OURS] - embedding):.2f}x smaller",
+                f"same among the top {top}", "", *(str(n) for n in shared.values()),
+                f"{shared[_FUSED]} of {top * len(_QUESTIONS)} passages",
             ],
-            ["cosine of embeddings", "", "", f"min {cosine.min():.4f}, mean {cosine.mean():.4f}"],
-            ["same best passage", "", "", f"{same_first} of {len(pairs)} questions"],
-            [f"same among the top {len(pairs[0][0])}", "", "", f"{shared} of {total} passages"],
         ],
     )  # fmt: skip

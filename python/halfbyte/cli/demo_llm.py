@@ -1,4 +1,4 @@
-"""`halfbyte demo llm`: SmolLM2 in float32, bfloat16 and several schemes, side by side."""
+"""`halfbyte demo llm`: SmolLM2 in float32, bfloat16 and, fused, in several schemes, side by side."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import textwrap
 from pathlib import Path
 
-from ..bench import llm, smollm2
+from ..bench import generation, llm, smollm2
 from ..bench.machine import sentence
 from ..bench.perplexity import TEXT_VARIABLE, WINDOW
 from ..tables import mebibytes, significant, text_table
@@ -76,7 +76,9 @@ def _text(result: dict) -> str:
         f"Perplexity: exp of the mean loss of {text['scored_tokens']} tokens of {text['source']}, in "
         f"{text['windows']} windows of {text['window']} whose first token is not scored. Speeds: median of "
         f"{settings['rounds']} interleaved rounds, batch 1, {settings['prefill']} tokens of prompt, then "
-        f"{settings['decode']} more with a key-value cache. In memory: with the packed copies of the weights."
+        f"{settings['decode']} more with a key-value cache. In memory: with the packed copies of the weights. "
+        f"float32 and bfloat16 run in transformers; the others are fused ({_fused(rows)}) and generate with "
+        f"hb.generate, keys and values in {generation.CACHE}. In all: {result['seconds']:.0f} s."
     )
     said = [f"{row['name']:>10}  {settings['prompt']}{row['continuation']}" for row in rows]
     said = [textwrap.fill(" ".join(s.split()), _WIDTH, subsequent_indent=" " * 4) for s in said]
@@ -88,3 +90,9 @@ def _text(result: dict) -> str:
             "\n".join(said),
         ]
     )
+
+
+def _fused(rows: list[dict]) -> str:
+    """What `fuse_` did, said once where it is the same for all schemes."""
+    ours = [row for row in rows if row["name"] not in (llm.FLOAT, llm.HALF)]
+    return "; ".join(dict.fromkeys(row["fused"] for row in ours))

@@ -22,16 +22,17 @@ _NOT_ASKED = "fuse_ has not been called on it"
 def fuse_(model: nn.Module) -> nn.Module:
     """Have the blocks of `model` that halfbyte knows run as fused operators, in place; returns the model.
 
-    Known are the BERT family of transformers (BERT and MiniLM, RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT,
-    ELECTRA, MPNet), torch.nn.TransformerEncoder and TransformerEncoderLayer, wherever they are in the model,
-    and, among quantized layers of other modules, a linear layer followed by an activation or a residual sum
-    and gated MLPs. Layers may be of any scheme and any mixture, float32 included.
+    Known are, of transformers, BERT (which MiniLM is), RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT, ELECTRA,
+    MPNet, Llama, Mistral and Qwen2; torch.nn.TransformerEncoder and TransformerEncoderLayer; wherever they
+    are in the model. And, among quantized layers of other modules, a linear layer followed by an activation
+    or a residual sum, and gated products. Layers may be of any scheme and any mixture, float32 included.
 
-    A block runs in one call into the core, with float32 between its layers, so that results differ from the
+    Blocks run in one call into the core, with float32 between their layers, so that results differ from the
     unfused ones by roundings. Modules, parameters and buffers stay where and what they are: state_dict, save,
-    summary and quantize_ work as before, in any order. What a call cannot do fused (gradients, dropout in
-    training mode, a hook inside a block, attention weights as output, an unusual mask, torch.compile) runs the
-    module's own forward; `fusion_report` counts such calls, and names the blocks that are left alone.
+    summary and quantize_ work as before, in any order (patterns are looked for where layers are quantized
+    already). What a call cannot do fused (gradients, dropout in training mode, a hook inside a block,
+    attention weights as output, an unusual mask, torch.compile) runs the module's own forward;
+    `fusion_report` counts such calls, and names the blocks that are left alone.
 
     Raises DTypeError for what is no module. Calling it again looks at what is not fused yet.
     """

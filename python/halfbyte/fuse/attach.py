@@ -1,4 +1,4 @@
-"""How a fused module is called: an object in the place of its `forward`, which runs the stack or steps aside."""
+"""How a fused module is called: an object in the place of its `forward` runs the stack, or steps aside."""
 
 from __future__ import annotations
 
@@ -44,10 +44,9 @@ class Fused:
     whole = True  # everything inside the module is taken over with it
     __name__ = "forward"  # of the method that it stands for, as its signature is
 
-    def __init__(self, module: nn.Module, name: str = ""):
+    def __init__(self, module: nn.Module):
         # No cycle: a model goes when its last reference goes.
         self._module = weakref.ref(module)
-        self.name = name
         self.calls = 0  # that were fused
         self.unfused: Counter[str] = Counter()  # reason: calls
         self._built: _Built | None = None
@@ -88,7 +87,7 @@ class Fused:
         if is_compiling():
             return type(module).forward(module, *args, **kwargs)
         try:
-            if reason := _recorder():
+            if reason := recorder():
                 raise CannotFuse(reason)
             if _grad_enabled() and self._trains(module):
                 raise CannotFuse("a gradient is wanted: call it under torch.no_grad() or inference_mode()")
@@ -132,7 +131,7 @@ class Fused:
         return type(module).forward(module, *args, **kwargs)
 
     def __reduce__(self) -> tuple:
-        return type(self), (self.module, self.name)
+        return type(self), (self.module,)
 
 
 class _Built:
@@ -181,7 +180,7 @@ def needs_grad(x: Tensor) -> bool:
 
 
 def check_input(x: Tensor) -> None:
-    """CannotFuse unless `x` is what the core reads: a plain tensor in memory that no gradient is wanted of."""
+    """CannotFuse unless `x` is what the core reads: a plain tensor in memory; nor if a gradient is wanted."""
     if type(x) is not Tensor and type(x) is not nn.Parameter:
         raise CannotFuse(f"its input is a {type(x).__name__}")
     if not x.is_cpu or x.layout is not torch.strided or x.is_nested or x.dtype not in _FLOATS:
@@ -190,7 +189,7 @@ def check_input(x: Tensor) -> None:
         raise CannotFuse("a gradient of its input is wanted")
 
 
-def _recorder() -> str:
+def recorder() -> str:
     """What has to see each operation of this call, if anything."""
     if _tracing() is not None or _modes() or _transforms() is not None or forward_ad._current_level >= 0:
         return "something records its operations (tracing, a dispatch mode, torch.func)"

@@ -307,7 +307,7 @@ def _layers(cache: DynamicCache, blocks: int, window: int) -> list:
     if type(cache) is not cache_utils.DynamicCache:
         raise CannotFuse(f"past_key_values is a {type(cache).__name__}")
     layers = getattr(cache, "layers", None)
-    if layers is None or cache.offloading or len(layers) > blocks:
+    if layers is None or getattr(cache, "offloading", False) or len(layers) > blocks:
         raise CannotFuse("its DynamicCache is offloaded, or not one of this model")
     if not layers and cache.layer_class_to_replicate is not cache_utils.DynamicLayer:
         raise CannotFuse("its DynamicCache has layers of an unknown class")
@@ -315,7 +315,7 @@ def _layers(cache: DynamicCache, blocks: int, window: int) -> list:
     if kinds == {cache_utils.DynamicSlidingWindowLayer}:
         if {layer.sliding_window for layer in layers} != {window}:
             raise CannotFuse("its DynamicCache is of another sliding window")
-        if any(layer.record_past for layer in layers):
+        if any(getattr(layer, "record_past", False) for layer in layers):
             raise CannotFuse("its DynamicCache records what leaves the sliding window")
     elif kinds - {cache_utils.DynamicLayer}:
         raise CannotFuse(f"its DynamicCache has layers of: {', '.join(sorted(k.__name__ for k in kinds))}")

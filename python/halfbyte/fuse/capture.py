@@ -18,8 +18,8 @@ class FusedTransformer(Fused):
     record what a call asked for, and are installed again when they are missed.
     """
 
-    def __init__(self, module: nn.Module, name: str = ""):
-        super().__init__(module, name)
+    def __init__(self, module: nn.Module):
+        super().__init__(module)
         self._lock = threading.Lock()
         self._unfused_now = 0  # calls under way whose hooks must stay
 

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from .attach import _recorder as recorder
-from .attach import check_input, fused_of
+from .attach import check_input, fused_of, recorder
 from .cache import KVCache, Shape, cache_dtype, kv_of, publish
 from .capture import FusedTransformer
 from .parts import activation_of, defined_in, origin, origins
@@ -307,7 +306,7 @@ def settings_of(module: nn.Module) -> dict[str, Any]:
 def mask_of(
     given: Any, batch: int, tokens: int, past: int, dropped: int, cached: bool, sdpa: bool, window: int
 ) -> Tensor | None:
-    """What the core takes for an attention_mask. It rules out later keys, and those before a window, itself."""
+    """What the core takes for an attention_mask. It rules out later keys and those before a window itself."""
     if given is None:
         return None
     if type(given) is not Tensor or not given.is_cpu:

@@ -1,5 +1,5 @@
-"""Patterns among the quantized layers of modules that are no known block: activations and residual sums go into the
-call of the layer before them.
+"""Patterns among the quantized layers of modules that are no known block: activations and residual sums go
+with the call of the layer before them.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class FusedPatterns(Fused):
             raise CannotFuse("as it is now there is no pattern: no quantized layer, or a hook")
         return program, None
 
-    def run(self, module: nn.Module, program: _Program, extra: None, /, *args: Any, **arguments: Any) -> Tensor:
+    def run(self, module: nn.Module, program: _Program, extra: None, /, **arguments: Any) -> Tensor:
         if len(arguments) != 1:
             raise CannotFuse("it got more than its input")
         (x,) = arguments.values()
@@ -78,9 +78,12 @@ class _Program:
         for number, step in enumerate(traced.steps, 1):
             self._operations.append(self._operation(number, step))
         self._operations = [operation for operation in self._operations if operation.call is not None]
+        self._last = {i: operation.result for operation in self._operations for i in operation.arguments}
         watched = [(vars(module), name, value, -2) for name, value in traced.values.items()]
         for skipped in self._skipped:
-            watched += [(vars(skipped), name, vars(skipped).get(name), -2) for name in ("forward", "approximate")]
+            watched += [
+                (vars(skipped), name, vars(skipped).get(name), -2) for name in ("forward", "approximate")
+            ]
         self._watch = _core.Watch(watched, [*_GLOBAL_HOOKS, *(h for m in self._skipped for h in _hooks(m))])
 
     def unchanged(self) -> bool:
@@ -89,9 +92,12 @@ class _Program:
 
     def __call__(self, x: Tensor) -> Tensor:
         values = {0: x}
-        for operation in self._operations:
-            values[operation.result] = operation.call(*[values[i] for i in operation.arguments])
-        return values[operation.result]
+        for call, arguments, result, _ in self._operations:
+            values[result] = call(*[values[i] for i in arguments])
+            for i in arguments:
+                if self._last[i] == result:
+                    values.pop(i, None)  # its memory is free where the forward would free it
+        return values[result]
 
     def _operation(self, number: int, step: Step) -> _Operation:
         call = self._children[step.call] if isinstance(step.call, str) else step.call
@@ -155,8 +161,13 @@ class _WithResidual:
         self._linear = linear
 
     def __call__(self, x: Tensor, residual: Tensor) -> Tensor:
-        y = self._linear(x)
-        return y + residual
+        linear = self._linear
+        if (plan := linear._plan) is not None:
+            y = plan(x, ACTIVATIONS[linear.activation], dispatch.thread_override or _get_num_threads(), False)
+            if y is not None:  # and nobody else has it
+                same = y.dtype == residual.dtype and y.shape == residual.shape
+                return y.add_(residual) if same else y + residual
+        return linear(x) + residual
 
 
 def _multiply(gate: Tensor, up: Tensor) -> Tensor:

@@ -65,7 +65,10 @@ class FusionReport:
                 ]
             )
         unfused = ["; ".join(f"{n}: {why}" for why, n in row.unfused_calls.items()) for row in self.rows]
-        for header, cells in (("unfused calls", unfused), ("left alone because", [r.reason for r in self.rows])):
+        for header, cells in (
+            ("unfused calls", unfused),
+            ("left alone because", [r.reason for r in self.rows]),
+        ):
             if any(cells):
                 headers.append(header)
                 columns = [[*row, cell] for row, cell in zip(columns, cells, strict=True)]

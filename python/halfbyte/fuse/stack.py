@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,7 +18,7 @@ from ..arrays import kind_of, wraps
 from ..dispatch import isa_errors
 from ..ops import ACTIVATIONS
 from ..pack import pack
-from ..qlinear import QLinear
+from ..qlinear import QLinear, held
 from ..quantized_tensor import PARTS, QuantizedTensor
 from ..torch_ops import state
 
@@ -31,7 +32,7 @@ _IDENTITY, _MEMORY = -2, -1  # how much of a watched value is compared; otherwis
 _LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 _get_num_threads = torch.get_num_threads
 
-# float weight -> (its state, rows, packed): a rebuilt stack packs nothing twice.
+# float weight -> {rows: (its state, weak reference to the pack)}: stacks of one model share what they pack.
 _float_packs: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 # Of `recording`, on this thread.
@@ -44,7 +45,7 @@ class CannotFuse(Exception):
 
 @dataclass(frozen=True)
 class Rows:
-    """Output rows begin .. end-1 of a merged projection: a float weight [n, k] or a QLinear, and their bias."""
+    """Output rows begin .. end-1 of a merged projection, a float weight [n, k] or a QLinear; their bias."""
 
     of: Tensor | QLinear
     begin: int
@@ -207,7 +208,9 @@ class FusedStack:
     def _run(self, x, mask, cache, past, positions, rope, blocks, out, events):
         batch, tokens, hidden = x.shape
         if hidden != self.spec.hidden:
-            raise ValueError(f"x has the shape {tuple(x.shape)}; its last dimension must be {self.spec.hidden}")
+            raise ValueError(
+                f"x has the shape {tuple(x.shape)}; its last dimension must be {self.spec.hidden}"
+            )
         x = x.detach()
         if not x.is_contiguous():
             x = x.contiguous()
@@ -272,7 +275,9 @@ class FusedStack:
             self._watched.append((vars(module), "training", module.training, _IDENTITY))
             for attribute, child in module._modules.items():
                 self._watched.append((module._modules, attribute, child, _IDENTITY))
-            for holder in (module._parameters, module._buffers):
+            buffers = held(module)  # without making those that `pack_` has freed
+            self._watched.append((vars(module), "_buffers", buffers, _IDENTITY))
+            for holder in (module._parameters, buffers):
                 for attribute, tensor in holder.items():
                     self._watch_tensor(holder, attribute, tensor)
         if any(_GLOBAL_HOOKS):
@@ -315,6 +320,7 @@ class FusedStack:
             packed, bias = _pack_float(linear.weight, 0, linear.out_features), linear.bias
         else:
             raise CannotFuse(f"its {type(linear).__name__} is no layer that the core knows")
+        self._kept.append(packed)
         return packed, self._float_vector(bias), *static
 
 
@@ -358,8 +364,12 @@ def _pack_float(weight: Tensor, begin: int, end: int):
     inference = weight.is_inference()
     known = {} if inference else _float_packs.get(weight, {})
     now = None if inference else state(weight)
-    if (entry := known.get((begin, end))) is not None and entry[0] == now:
-        return entry[1]
+    if (
+        (entry := known.get((begin, end))) is not None
+        and entry[0] == now
+        and (packed := entry[1]()) is not None
+    ):
+        return packed
     rows = weight.detach()[begin:end]
     if rows.stride(-1) != 1 and rows.shape[-1] > 1:
         rows = rows.contiguous()
@@ -368,5 +378,5 @@ def _pack_float(weight: Tensor, begin: int, end: int):
     packed = _core.pack_float(rows.data_ptr(), kind.codes[rows.dtype], n, k, max(rows.stride(0), k))
     if not inference:
         current = {key: value for key, value in known.items() if value[0] == now}
-        _float_packs[weight] = current | {(begin, end): (now, packed)}
+        _float_packs[weight] = current | {(begin, end): (now, weakref.ref(packed))}
     return packed

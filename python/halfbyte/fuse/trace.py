@@ -1,8 +1,8 @@
 """What a small module does with its parts, found by calling its forward on a stand-in for the input.
 
-The forward runs once, on a copy of the module whose children are stand-ins too, which note what they are called with.
-Its code may name nothing but children, plain values and the few functions below, so that running it changes nothing;
-a branch on what is no plain value ends the attempt, as does every operation that is not known.
+The forward runs once, on a copy of the module whose children are stand-ins too, which note what they are
+called with. Its code may name nothing but children, plain values and the few functions below, so that running
+it changes nothing. A branch on what is no plain value ends the attempt, as does every unknown operation.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ def trace(module: nn.Module) -> Trace:
         output = type(module).forward(copy, _Value(tape, 0))
     except Exception as error:  # whatever code does that gets something else than a tensor
         raise Untraceable(str(error)) from None
-    if vars(copy).keys() != state.keys() or any(vars(copy)[name] is not value for name, value in state.items()):
+    if vars(copy).keys() != state.keys() or any(
+        vars(copy)[name] is not value for name, value in state.items()
+    ):
         raise Untraceable("it changes its attributes")
     if not isinstance(output, _Value) or output.number != len(tape.steps) or not tape.steps:
         raise Untraceable("it returns something else than its last step")
@@ -140,8 +142,12 @@ class _Value:
     __hash__ = None
 
     @classmethod
-    def __torch_function__(cls, function: Callable, _: Any, args: tuple = (), kwargs: dict | None = None) -> _Value:
-        kwargs = {name: value for name, value in (kwargs or {}).items() if (name, value) != ("inplace", False)}
+    def __torch_function__(
+        cls, function: Callable, _: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> _Value:
+        kwargs = {
+            name: value for name, value in (kwargs or {}).items() if (name, value) != ("inplace", False)
+        }
         if function is functional.gelu and kwargs == {"approximate": "tanh"}:
             function, kwargs = _GELU_TANH, {}
         else:

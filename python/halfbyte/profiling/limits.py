@@ -18,7 +18,7 @@ _FLOAT_PEAK = f"{FLOAT} peak"
 _SCALAR = "scalar"  # has no peak of its own to measure
 # Rows and columns of the product that shows the float peak: 3 MB, and 1 ms on two cores.
 _FLOAT_SIZE = 512
-_SAMPLE_SECONDS = 0.02
+_SAMPLE_SECONDS, _FLOAT_CALLS = 0.02, 5
 
 
 class Limits:
@@ -79,15 +79,13 @@ def _int8_peak(isa: str) -> str:
 
 def _float_peak() -> float:
     """Operations per second of torch's own product of float32 matrices that fit the caches: the fastest of
-    some 20 ms.
+    some 20 ms, of which the first calls only wake the threads.
     """
     a = torch.ones(_FLOAT_SIZE, _FLOAT_SIZE)
     b, out = torch.ones_like(a), torch.empty_like(a)
-    best, until = float("inf"), time.perf_counter() + _SAMPLE_SECONDS
-    end = 0.0
-    while end < until:
+    times: list[float] = []
+    while len(times) < _FLOAT_CALLS or sum(times) < _SAMPLE_SECONDS:
         start = time.perf_counter()
         torch.mm(a, b, out=out)
-        end = time.perf_counter()
-        best = min(best, end - start)
-    return 2 * _FLOAT_SIZE**3 / best
+        times.append(time.perf_counter() - start)
+    return 2 * _FLOAT_SIZE**3 / min(times)
