@@ -227,7 +227,8 @@ class LinearPlan:
 
 class Watch:
     """Notices changes. entries: (dictionary, key, object or None, version): an object that is another one
-    now, or a tensor with other memory (version >= -1) or another version (>= 0). empty: dictionaries of hooks.
+    now, or a tensor with other memory (version >= -1) or another version (>= 0). empty: dictionaries of
+    hooks.
     """
 
     def __init__(self, entries: list[tuple[dict, str, object, int]], empty: list[dict]) -> None: ...

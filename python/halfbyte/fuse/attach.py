@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 import weakref
 from collections import Counter
 from functools import cache
@@ -101,6 +102,12 @@ class Fused:
         else:
             self.calls += 1
             return result
+        if reason not in self.unfused:
+            warnings.warn(
+                f"a {type(module).__name__} that is fused runs its own forward: {reason}. This is said once; "
+                "halfbyte.fusion_report(model) counts such calls",
+                stacklevel=3,
+            )
         self.unfused[reason] += 1
         return self.original(module, *args, **kwargs)
 

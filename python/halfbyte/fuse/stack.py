@@ -364,11 +364,8 @@ def _pack_float(weight: Tensor, begin: int, end: int):
     inference = weight.is_inference()
     known = {} if inference else _float_packs.get(weight, {})
     now = None if inference else state(weight)
-    if (
-        (entry := known.get((begin, end))) is not None
-        and entry[0] == now
-        and (packed := entry[1]()) is not None
-    ):
+    then, packed_then = known.get((begin, end), (None, None))
+    if packed_then is not None and then == now and (packed := packed_then()) is not None:
         return packed
     rows = weight.detach()[begin:end]
     if rows.stride(-1) != 1 and rows.shape[-1] > 1:
