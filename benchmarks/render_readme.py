@@ -136,9 +136,9 @@ def _model(results: list[dict]) -> str:
             ])  # fmt: skip
         headers = ["batch x tokens", *ours, "faster than float32", "best peer", "faster than it", *others]
         blocks.append(
-            f"{result['model']}: milliseconds per forward pass, and in brackets the lowest cosine of a sentence "
-            "embedding to float32. `halfbyte` has its linear layers in w8a8, `halfbyte-fused` runs them after "
-            f"`fuse_`, `halfbyte-fused-fp32` is not quantized:\n\n{markdown_table(headers, rows)}"
+            f"{result['model']}: milliseconds per forward pass, and in brackets the lowest cosine of "
+            "a sentence embedding to float32. `halfbyte` has its linear layers in w8a8, `halfbyte-fused` is "
+            f"the same after `fuse_`, `halfbyte-fused-fp32` is not quantized:\n\n{markdown_table(headers, rows)}"
         )
     return "\n\n".join(blocks)
 
@@ -178,10 +178,10 @@ def _decoder(results: list[dict]) -> str:
         headers = ["", result["ours"], "best peer", "faster than it", *rows]
         prompt = max(m["tokens"] for m in mine["measures"] if m["what"] == "prefill")
         blocks.append(
-            f"{result['model'].removesuffix('-Instruct')}: tokens per second at batch 1, in a prompt (prefill) and "
-            f"after one of {prompt} (decode); loss in nats per token of that prompt, and in brackets before "
-            f"`fuse_`. halfbyte's columns are fused and generate with `hb.generate`, keys and values in bfloat16 "
-            f"(llama.cpp's are float16); `unfused` runs in transformers:\n\n{markdown_table(headers, table)}"
+            f"{result['model'].removesuffix('-Instruct')}: tokens per second at batch 1, in a prompt "
+            f"(prefill) and after one of {prompt} (decode); loss in nats per token of that prompt, and in "
+            "brackets before `fuse_`. halfbyte's columns are fused and generate with `hb.generate`, keys and "
+            f"values in bfloat16 (llama.cpp's are float16); `unfused` runs in transformers:\n\n{markdown_table(headers, table)}"
         )
     return "\n\n".join(blocks)
 

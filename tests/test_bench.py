@@ -334,11 +334,14 @@ def test_model(capsys):
     status, out = bench(capsys, "model", "--shape", "1x8", "--vs", "torch-bf16", *FAST, "--format", "json")
     result = json.loads(out)
     (shape,) = result["results"]
-    floats, ours, bf16 = shape["rows"]
+    floats, ours, fused, fused_floats, bf16 = shape["rows"]
     assert status == 0 and result["replaced"] == "all" and (shape["batch"], shape["tokens"]) == (1, 8)
     for row in shape["rows"]:
         assert row["ms"] == pytest.approx(statistics.median(row["samples_ms"]))
         assert row["speedup"] == pytest.approx(ratios(floats["samples_ms"], row["samples_ms"]))
-    assert 0.99 < ours["min_cosine"] <= 1.0001 and 0.99 < bf16["min_cosine"] <= 1.0001
+    for row in (ours, fused, bf16):
+        assert 0.99 < row["min_cosine"] <= 1.0001
+    assert fused_floats["min_cosine"] == pytest.approx(1, abs=1e-5)
+    assert fused["note"].endswith("6 blocks in one call")  # and no call that was not
     assert result["bytes"]["halfbyte"] < result["bytes"]["torch-fp32"]
     assert "1x8" in render.render(result, "markdown")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from halfbyte.bench import decoder, minilm, perplexity, render, smollm2
+from halfbyte.bench import decoder, fusion, generation, minilm, perplexity, render, smollm2
 from halfbyte.bench.peers import UnavailableError, models
 from halfbyte.cli import main
 
@@ -144,9 +144,21 @@ def test_model_names_peers_that_fail(capsys, small_minilm, monkeypatch):
     assert main([*argv, "--round-ms", "1", "--format", "json"]) == 0
     result = json.loads(capsys.readouterr().out)
     one, two = result["results"]
-    assert [row["name"] for row in one["rows"]] == ["torch-fp32", "halfbyte", "fake"]
-    assert [row["name"] for row in two["rows"]] == ["torch-fp32", "halfbyte"]
-    assert one["rows"][2]["min_cosine"] == pytest.approx(1) and one["rows"][2]["note"] == "the model itself"
+    ours = ["torch-fp32", "halfbyte", "halfbyte-fused", "halfbyte-fused-fp32"]
+    assert [row["name"] for row in one["rows"]] == [*ours, "fake"]
+    assert [row["name"] for row in two["rows"]] == ours
+    assert one["rows"][4]["min_cosine"] == pytest.approx(1) and one["rows"][4]["note"] == "the model itself"
+    assert result["ours"] == "halfbyte-fused" and set(result["bytes"]) == set(ours[:3])
+    for shape in (one, two):
+        rows = {row["name"]: row for row in shape["rows"]}
+        for name in ours[2:]:  # nothing but fused calls
+            assert rows[name]["note"].endswith("BERT encoder: 2 blocks in one call")
+        assert rows["halfbyte-fused-fp32"]["min_cosine"] == pytest.approx(1, abs=1e-5)
+        reference = rows["halfbyte-fused"]["samples_ms"]
+        for name, row in rows.items():
+            expected = statistics.median(a / b for a, b in zip(row["samples_ms"], reference, strict=True))
+            expected = None if name == "halfbyte-fused" else pytest.approx(expected)
+            assert row["ours_is_faster_by"] == expected
     assert two["unavailable"]["fake"] == "ValueError: one row only"
     for shape in (one, two):
         for name in ("onnxruntime-int8", "openvino-int8"):
@@ -170,7 +182,15 @@ def test_decoder(capsys, small_smollm2, monkeypatch):
     assert main([*argv, "--format", "json"]) == 0
     result = json.loads(capsys.readouterr().out)
     rows = {row["name"]: row for row in result["rows"]}
-    assert list(rows) == ["torch-fp32", "halfbyte w4a8_g32", "halfbyte w8a8", "torch-bf16"]
+    ours = ["halfbyte w4a8_g32", "halfbyte w8a8"]
+    assert list(rows) == ["torch-fp32", *ours, "halfbyte w4a8_g32 unfused", "torch-bf16"]
+    assert result["ours"] == ours[0]
+    for name, row in rows.items():
+        assert ("Llama decoder: 2 blocks in one call; hb.generate" in row["note"]) == (name in ours)
+        assert "not fused" not in row["note"]
+        before = row["unfused_loss"]
+        assert before == (pytest.approx(row["loss"], abs=0.01) if name in ours else None)
+    assert rows[ours[0]]["unfused_loss"] == rows[f"{ours[0]} unfused"]["loss"]
     assert set(result["unavailable"]) == {"llama.cpp-q4_0", "llama.cpp-q8_0"}
     for why in result["unavailable"].values():
         assert why == "package 'llama_cpp' is not installed; pip install 'halfbyte[bench-llm]'"
@@ -190,7 +210,46 @@ def test_decoder(capsys, small_smollm2, monkeypatch):
         assert row["loss"] == pytest.approx(rows["torch-fp32"]["loss"], abs=0.1)
     assert rows["halfbyte w4a8_g32"]["weight_bytes"] < rows["torch-fp32"]["weight_bytes"] / 3
     text = render.render(result, "markdown")
-    assert "| w4a8_g32 is |" in text and "not measured: package 'llama_cpp'" in text
+    assert (
+        "| halfbyte w4a8_g32 is |" in text
+        and "| unfused loss |" in text
+        and "not measured: package 'llama_cpp'" in text
+    )
+
+
+def test_decoder_times_the_tokens_of_generate(small_smollm2, monkeypatch):
+    import halfbyte as hb
+
+    model = hb.fuse_(smollm2.quantized(smollm2.load()[0], "w8a8"))
+    ids, asked = torch.randint(VOCABULARY, (1, 12)), []
+
+    def generate(model, ids, tokens, *, streamer=None, **options):
+        asked.append((ids.shape[1], tokens, options["eos_token_id"], options["cache_dtype"]))
+        for i in range(tokens if streamer else 0):
+            clock[0] += 100 if i == 0 else i  # the prompt is no part of decoding
+            streamer(ids[:, -1])
+
+    clock = [0]
+    (short, long), decode = generation.samplers("x", model, ids, [5, 12], 3)
+    monkeypatch.setattr(hb, "generate", generate)
+    monkeypatch.setattr(generation.time, "perf_counter", lambda: clock[0])
+    assert decode.sample() == 1 + 2 + 3 and short.sample() == long.sample() == 0
+    assert asked == [(12, 4, [], "bfloat16"), (5, 1, [], "bfloat16"), (12, 1, [], "bfloat16")]
+    assert (short.name, long.name, decode.name) == ("prefill 5 x", "prefill 12 x", "decode x")
+
+
+def test_calls_that_are_not_fused_are_named(encoder):
+    import copy
+
+    import halfbyte as hb
+
+    model = hb.fuse_(copy.deepcopy(encoder))
+    with torch.no_grad():
+        model(**batch(5))
+    assert fusion.describe(model) == "BERT encoder: 2 blocks in one call"
+    model(**batch(5))
+    assert "1 calls not fused: a gradient is wanted" in fusion.describe(model)
+    assert fusion.describe(torch.nn.Linear(4, 4)) == "nothing to fuse"
 
 
 @pytest.mark.parametrize(

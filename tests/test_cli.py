@@ -249,7 +249,7 @@ def test_demo(capsys):
     assert (
         out.count("Q: ") == 2
         and out.count(" float32 ") >= 2
-        and out.count("halfbyte 0.") + out.count("halfbyte -0.") == 2
+        and out.count("w8a8 fused 0.") + out.count("w8a8 fused -0.") == 2
     )
     for line in (
         "ms per batch",
@@ -258,9 +258,12 @@ def test_demo(capsys):
         "cosine of embeddings",
         "same best passage",
         "same among",
+        "BERT encoder: 6 blocks in one call",
     ):
         assert line in out
-    assert float(out.split("min ")[1].split(",")[0]) > 0.99
+    heads = next(line for line in out.splitlines() if "fused to float32" in line)
+    assert heads.split() == "float32 w8a8 w8a8 fused fused to float32".split()
+    assert "not fused" not in out and float(out.split("worst ")[1].split()[0]) > 0.99
 
 
 def test_a_missing_package_is_named_with_its_extra(capsys, monkeypatch):

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+import halfbyte as hb
 from halfbyte.bench import footprint, generation, llm, perplexity, smollm2
 from halfbyte.cli import main
 from halfbyte.errors import HalfbyteError
@@ -117,12 +118,24 @@ def test_continuation_is_what_generate_gives(tiny):
     assert [*map(int, found)] == expected[0, ids.shape[1] :].tolist()
 
 
-def test_continuation_stops_at_the_end_token(tiny):
-    tokens = generation.continuation(tiny, Tokenizer(), "What follows?", 6).split()
+@pytest.mark.parametrize("fused", [False, True])
+def test_continuation_stops_at_the_end_token(tiny, fused):
+    model = hb.fuse_(smollm2.quantized(tiny, "w8a8")) if fused else tiny
+    assert generation.is_fused(model) == fused
+    tokens = generation.continuation(model, Tokenizer(), "What follows?", 6).split()
     stop = Tokenizer()
     stop.eos_token_id = int(tokens[2])
     first = tokens.index(tokens[2])
-    assert generation.continuation(tiny, stop, "What follows?", 6).split() == tokens[:first]
+    assert generation.continuation(model, stop, "What follows?", 6).split() == tokens[:first]
+
+
+def test_continuation_of_a_fused_model_comes_from_generate(tiny):
+    model, prompt = hb.fuse_(smollm2.quantized(tiny, "w4a8_g32")), "What follows?"
+    ids = torch.tensor([Tokenizer()(prompt)["input_ids"]])
+    expected = hb.generate(model, ids, 9, eos_token_id=0, cache_dtype="bfloat16")[0, ids.shape[1] :]
+    found = generation.continuation(model, Tokenizer(), prompt, 9).split()
+    assert [*map(int, found)] == [token for token in expected.tolist() if token]
+    assert hb.fusion_report(model).fused[0].fused_calls >= 9
 
 
 def test_every_sample_of_decoding_starts_after_the_prompt(tiny):
@@ -210,6 +223,9 @@ def test_demo_llm(capsys, small_demo):
         assert len(row["prefill_s"]) == len(row["decode_s"]) == 2
         assert row["continuation"] and row["memory_bytes"] >= row["saved_bytes"] > 0
     assert "14 linear layers w4a8_g32" in result["rows"][3]["quantized"]
+    fused = "Llama decoder: 2 blocks in one call"  # and no call that was not
+    assert [row["fused"] for row in result["rows"]] == ["nothing", "nothing", fused, fused]
+    assert result["seconds"] > 0
 
 
 def test_demo_llm_prints_a_table(capsys, small_demo, tmp_path):
@@ -219,6 +235,7 @@ def test_demo_llm_prints_a_table(capsys, small_demo, tmp_path):
     assert main([*argv, "--prompt", "Hear me"]) == 0
     out = capsys.readouterr().out
     assert "511 tokens of text.txt" in out and out.count("Hear me") == 3
+    assert "2 blocks in one call" in " ".join(out.split()) and re.search(r"In all:\s\d+\ss\.", out)
     assert re.search(r"^w4a16_g32 .*x .*MiB|KiB", out, re.M) and "in memory" in out
 
 

@@ -103,6 +103,23 @@ def test_padding_does_not_reach_other_tokens():
     all_fused(fused)
 
 
+def test_padding_far_beyond_a_window():
+    """The cache forgets tokens, the mask has columns for all."""
+    model, fused = pair("mistral window")
+    ids, mask = padded("left", (6, 2, 4))
+    want, got = (m(ids, attention_mask=mask) for m in (model, fused))
+    for i in range(40):
+        ids = prompts(3, 1 + i % 7, seed=i)
+        mask = torch.cat([mask, torch.ones_like(ids)], 1)
+        if i == 30:
+            mask[1, -5] = 0
+        want = model(ids, attention_mask=mask, past_key_values=want.past_key_values)
+        got = fused(ids, attention_mask=mask, past_key_values=got.past_key_values)
+        close(got.logits, want.logits)
+    assert got.past_key_values._halfbyte.kv.dropped
+    all_fused(fused, 41)
+
+
 def test_a_mask_of_ones_of_another_dtype_and_a_row_without_any_token():
     model, fused = pair()
     ids = prompts(2, 5)

@@ -25,6 +25,7 @@ from decoders import (
     row_of,
     transformers,
 )
+from halfbyte.fuse.stack import FusedStack
 
 
 @pytest.fixture(autouse=True)
@@ -160,6 +161,29 @@ def test_edits_of_a_cache_count(edit, variant, inference):
     all_fused(fused, 4)
 
 
+@pytest.mark.parametrize("variant", ["llama", "mistral window"])
+def test_an_interrupted_call_leaves_the_cache(variant, monkeypatch):
+    """Also where it has moved what the cache holds to other memory."""
+    model, fused = pair(variant)
+    ids = prompts(1, 150)
+    whole = model(ids).logits
+
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
+
+    cache = None
+    for i in range(149):
+        if cache is not None:
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(FusedStack, "__call__", interrupt)
+                fused(ids[:, i : i + 1], past_key_values=cache)
+            assert cache.get_seq_length() == i
+        if cache is not None:
+            close(model(ids[:, i : i + 1], past_key_values=copy.deepcopy(cache)).logits[:, 0], whole[:, i])
+        cache = fused(ids[:, i : i + 1], past_key_values=cache).past_key_values
+    all_fused(fused)
+
+
 def test_copies_of_a_cache_are_on_their_own():
     model, fused = pair()
     ids = prompts(2, 9)
@@ -170,6 +194,23 @@ def test_copies_of_a_cache_are_on_their_own():
     for other in copies:
         assert other.get_seq_length() == 5
         close(fused(ids[:, 5:], past_key_values=other).logits, whole[:, 5:])
+    all_fused(fused)
+
+
+@pytest.mark.parametrize("variant", ["llama", "mistral window"])
+def test_forks_that_share_tensors(variant):
+    """The cheap way to fork a cache, which works as the cache of transformers never writes to a tensor."""
+    model, fused = pair(variant)
+    ids, other = prompts(1, 100), prompts(1, 100, seed=2)
+    other[:, :5] = ids[:, :5]
+    first = fused(ids[:, :5]).past_key_values
+    second = copy.copy(first)
+    second.layers = [copy.copy(layer) for layer in first.layers]
+    texts = [(first, ids, model(ids).logits), (second, other, model(other).logits)]
+    for i in range(5, 100):
+        for cache, text, whole in texts:
+            got = fused(text[:, i : i + 1], past_key_values=cache).logits
+            close(got[:, 0], whole[:, i])
     all_fused(fused)
 
 
@@ -228,7 +269,8 @@ def test_our_own_cache(dtype):
     again = fused(ids[:, 1:3], past_key_values=cache).logits
     assert relative_error(again, whole[:, 1:3]) < (BOUND if dtype == "float32" else 0.05)
     all_fused(fused)
-    for wrong in ({"output_attentions": True}, {"input_ids": ids[:1, :1]}):
-        with pytest.raises(hb.ModelError, match="fusion_report"):
-            fused(**{"input_ids": ids[:, :1], "past_key_values": cache} | wrong)
+    with pytest.raises(hb.ModelError, match=r"\(3, 2, 3, 40\).*\(3, 1, 3, 40\)"):
+        fused(ids[:1, :1], past_key_values=cache)
+    with pytest.warns(match="output_attentions"), pytest.raises(hb.ModelError, match="fusion_report"):
+        fused(ids[:, :1], past_key_values=cache, output_attentions=True)
     assert cache.get_seq_length() == 3

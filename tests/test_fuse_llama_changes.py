@@ -38,6 +38,18 @@ def no_grad():
 # what is left alone
 
 
+def test_hooks_of_calls_before_fuse():
+    """transformers installs hooks at the first call that asks for outputs of layers, and leaves them there."""
+    model = make()
+    ids = prompts(1, 6)
+    want = model(ids, output_hidden_states=True).hidden_states
+    assert model.model.layers[0]._forward_hooks
+    got = hb.fuse_(model)(ids, output_hidden_states=True).hidden_states
+    for a, b in zip(got, want, strict=True):
+        close(a, b)
+    all_fused(model, 1)
+
+
 def test_attentions_are_left_to_the_model_and_it_stays_fused():
     model, fused = pair()
     model.set_attn_implementation("eager")

@@ -152,11 +152,6 @@ HALFBYTE_INLINE void load_columns(const void* p, int64_t row, F (&x)[8]) {
   for (int i = 0; i < 8; ++i) x[i] = load<D>(static_cast<const char*>(p) + i * row);
   transpose(x);
 }
-HALFBYTE_INLINE void load_columns_i8(const int8_t* p, int64_t row, F (&x)[8]) {
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) x[i] = to_float(load_i8(p + i * row));
-  transpose(x);
-}
 // Shuffles and unpacks work per 128-bit half: the permutes put the halves where the elements belong.
 HALFBYTE_INLINE void split_pairs(F& a, F& b) {
   const __m256d even = _mm256_castps_pd(_mm256_shuffle_ps(a, b, 0x88));  // pairs of lanes: a0 a2, b0 b2, a4 a6, b4 b6

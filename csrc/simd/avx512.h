@@ -165,14 +165,6 @@ HALFBYTE_INLINE void load_columns(const void* p, int64_t row, F (&x)[8]) {
   };
   columns_of(static_cast<const char*>(p), row, two, x);
 }
-HALFBYTE_INLINE void load_columns_i8(const int8_t* p, int64_t row, F (&x)[8]) {
-  const auto two = [](const char* a, const char* b) __attribute__((always_inline)) -> F {
-    const __m128i low = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(a));
-    const __m128i high = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(b));
-    return to_float(_mm512_cvtepi8_epi32(_mm_unpacklo_epi64(low, high)));
-  };
-  columns_of(reinterpret_cast<const char*>(p), row, two, x);
-}
 HALFBYTE_INLINE void split_pairs(F& a, F& b) {
   const I even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
   const F old = a;

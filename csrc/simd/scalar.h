@@ -10,7 +10,7 @@
 //   split_pairs(a, b)   a, b = 2 width elements in a row -> the even ones, the odd ones; join_pairs is the inverse
 //   select_greater(a, b, x, y)  a > b ? x : y
 //   transpose(t)                columns of a square of width vectors
-//   load_columns<D>, load_columns_i8 (p, row, x)  columns 0 .. 7 of `width` rows that lie `row` bytes apart
+//   load_columns<D>(p, row, x)  columns 0 .. 7 of `width` rows that lie `row` bytes apart
 //   reduce_add(a) adds the halves of a, a[j] + a[j + width/2], then the halves of that, until one number is left
 #pragma once
 #include <cmath>
@@ -127,9 +127,6 @@ inline void transpose(F (&)[1]) {}
 template <DType D>
 inline void load_columns(const void* p, int64_t, F (&x)[8]) {
   for (int c = 0; c < 8; ++c) x[c] = load<D>(static_cast<const char*>(p) + c * (D == DType::f32 ? 4 : 2));
-}
-inline void load_columns_i8(const int8_t* p, int64_t, F (&x)[8]) {
-  for (int c = 0; c < 8; ++c) x[c] = static_cast<float>(p[c]);
 }
 inline void split_pairs(F&, F&) {}
 inline void join_pairs(F&, F&) {}

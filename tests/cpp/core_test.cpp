@@ -53,6 +53,7 @@ int main(int argc, char** argv) {
     for (int i = 0; i < calls; ++i) {
       test_quantize_rows(rng, isa);
       test_embedding(rng, isa);
+      test_attention(rng, isa);
       for (int repeat = 0; repeat < 3; ++repeat) {
         const Weight w(rng, size_near(rng, 32, 150), size_near(rng, 64, 200));
         test_linear(rng, w, isa, rows_near(rng), 1 + below(rng, 3));

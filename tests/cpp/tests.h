@@ -35,6 +35,7 @@ void test_linear(Rng& rng, const Weight& w, const std::string& isa, int m, int t
 void test_linear_errors(Rng& rng);
 void test_quantize_rows(Rng& rng, const std::string& isa);
 void test_embedding(Rng& rng, const std::string& isa);
+void test_attention(Rng& rng, const std::string& isa);
 void test_stack(Rng& rng, const std::string& isa);
 
 }  // namespace halfbyte::truth

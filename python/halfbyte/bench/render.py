@@ -106,7 +106,7 @@ def _decoder(result: dict, table: Table) -> list[str]:
         f"{result['model']}, batch 1: tokens per second in a prompt (prefill), after the longest (decode)",
         table(headers, rows),
         f"Tokens per second: medians over rounds; '{ours} is': medians of per-round quotients. MB: weights "
-        "as saved. loss: nats per token of the longest prompt; unfused loss: of the same weights before fuse_.",
+        "as saved. loss: nats per token of the longest prompt; unfused loss: the same before fuse_.",
     ]
 
 

@@ -76,8 +76,8 @@ def _text(result: dict) -> str:
         f"Perplexity: exp of the mean loss of {text['scored_tokens']} tokens of {text['source']}, in "
         f"{text['windows']} windows of {text['window']} whose first token is not scored. Speeds: median of "
         f"{settings['rounds']} interleaved rounds, batch 1, {settings['prefill']} tokens of prompt, then "
-        f"{settings['decode']} more with a key-value cache. In memory: with the packed copies of the weights. "
-        f"float32 and bfloat16 run in transformers; the others are fused ({_fused(rows)}) and generate with "
+        f"{settings['decode']} more with a key-value cache. In memory: with the packed copies of the weights."
+        f" float32 and bfloat16 run in transformers; the others are fused ({_fused(rows)}) and generate with "
         f"hb.generate, keys and values in {generation.CACHE}. In all: {result['seconds']:.0f} s."
     )
     said = [f"{row['name']:>10}  {settings['prompt']}{row['continuation']}" for row in rows]

@@ -69,6 +69,7 @@ class KVCache:
             )
         self.length = 0
         self.dropped = 0
+        self.version = 0  # changes where a DynamicCache no longer shows what is held
         self._allocate(self.shape, capacity)
 
     @classmethod
@@ -103,20 +104,17 @@ class KVCache:
         if capacity > self.capacity:
             self._replace(self.shape, max(capacity, 2 * self.capacity))
 
-    def make_room(self, tokens: int, window: int = 0) -> bool:
-        """Make room for `tokens` more; of those held, a window needs the last `window` - 1 only. Whether
-        anything was moved in memory.
-        """
+    def make_room(self, tokens: int, window: int = 0) -> None:
+        """Make room for `tokens` more; of those held, a window needs the last `window` - 1 only."""
         need = self.length + tokens
         if need <= self.capacity:
-            return False
+            return
         spare = self.length - (window - 1) if window else 0
         # Only where it gains half of the memory: each token is moved once or twice at most.
         if spare > 0 and 2 * spare >= self.capacity and need - spare <= self.capacity:
             self._drop(spare)
         else:
             self.grow(need + _ROOM)
-        return True
 
     def crop(self, tokens: int) -> None:
         """Forget the last -`tokens` tokens: a negative number, as in transformers."""
@@ -202,12 +200,14 @@ class KVCache:
                 new[:, :, :, : self.length] = held if sequences is None else held[:, sequences]
 
     def _drop(self, tokens: int) -> None:
-        """Move what is held to the front of the memory, without the first tokens."""
-        kept = self.length - tokens
-        for t in self._tensors():
-            if t is not None:
-                t[:, :, :, :kept] = t[:, :, :, tokens : self.length].clone()
-        self.length, self.dropped = kept, self.dropped + tokens
+        """Hold all but the first tokens, in other memory: a DynamicCache may still show what was there."""
+        olds, end = self._tensors(), self.length
+        self._allocate(self.shape, self.capacity)
+        self.length, self.dropped = end - tokens, self.dropped + tokens
+        self.version += 1
+        for old, new in zip(olds, self._tensors(), strict=True):
+            if old is not None:
+                new[:, :, :, : self.length] = old[:, :, :, tokens:end]
 
     def __getstate__(self) -> dict:
         return vars(self) | {"_call": None}
@@ -224,7 +224,7 @@ class Published:
     """What a DynamicCache was given: views of a KVCache. Copies of it find none and read their tensors."""
 
     def __init__(self, kv: KVCache, keys: tuple[Tensor, ...], values: tuple[Tensor, ...]):
-        self.kv, self.keys, self.values = kv, keys, values
+        self.kv, self.keys, self.values, self.version = kv, keys, values, kv.version
 
     def untouched(self, layers: list) -> bool:
         """Whether the layers hold what they were given."""
@@ -248,8 +248,8 @@ def kv_of(cache: DynamicCache, shape: Shape, window: int) -> KVCache:
     """
     layers = _layers(cache, shape.blocks, window)
     held: Published | None = vars(cache).get(_ATTRIBUTE)
-    if held is not None and held.kv.shape != shape:
-        held = None
+    if held is not None and (held.version != held.kv.version or held.kv.shape != shape):
+        held = None  # another cache has gone on with the buffer, or a call was interrupted
     if held is not None and len(layers) == shape.blocks and held.untouched(layers):
         return held.kv
     filled = [layer for layer in layers if layer.keys is not None and layer.keys.numel()]
@@ -265,15 +265,12 @@ def kv_of(cache: DynamicCache, shape: Shape, window: int) -> KVCache:
     fits = (shape.batch, shape.kv_heads, length, shape.head_size)
     for t in (t for layer in filled for t in (layer.keys, layer.values)):
         if t.shape != fits or t.dtype is not shape.dtype or not t.is_cpu:
-            raise CannotFuse(
-                f"the cache holds {tuple(t.shape)} of {t.dtype} on {t.device}, not {fits} of {shape.dtype}"
-            )
+            raise CannotFuse("the cache holds tensors of another shape, dtype or device than this call")
     if held is not None and _cropped(held.kv, layers, length):
         held.kv.length = length
+        held.kv.version += 1
         return held.kv
-    kv = held.kv if held is not None and not _shares_memory(held.kv, filled) else None
-    if kv is None or kv.capacity < length:
-        kv = KVCache(*shape[:4], dtype=shape.dtype, capacity=length + _ROOM)
+    kv = KVCache(*shape[:4], dtype=shape.dtype, capacity=length + _ROOM)
     for i, layer in enumerate(filled):
         kv.k[i, :, :, :length] = layer.keys
         kv.v[i, :, :, :length] = layer.values
@@ -287,6 +284,7 @@ def publish(cache: DynamicCache, kv: KVCache, length: int, window: int) -> None:
     while len(layers) < kv.shape.blocks:
         layers.append(cache.layer_class_to_replicate())
     kv.length, seen = length, kv.dropped + length
+    kv.version += 1
     sliding = hasattr(layers[0], "cumulative_length")
     begin = max(0, length - (window - 1)) if sliding else 0
     keys = kv.k[:, :, :, begin:length].unbind(0)
@@ -331,8 +329,3 @@ def _cropped(kv: KVCache, layers: list, length: int) -> bool:
         for layer, k, v in zip(layers, kv.k, kv.v, strict=True)
         for t, own in ((layer.keys, k), (layer.values, v))
     )
-
-
-def _shares_memory(kv: KVCache, layers: list) -> bool:
-    own = {t.untyped_storage().data_ptr() for t in (kv.k, kv.v)}
-    return any(t.untyped_storage().data_ptr() in own for layer in layers for t in (layer.keys, layer.values))

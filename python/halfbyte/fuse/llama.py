@@ -144,12 +144,12 @@ class FusedDecoder(FusedTransformer):
         cache_position: Any = None,  # says again where the cache ends
         **others: Any,
     ) -> Any:
-        for name, value in others.items():
-            if value is not None:
-                raise CannotFuse(f"{name} was given")
         settings = settings_of(module)
         if settings["num_hidden_layers"] != extra.layers:
             raise CannotFuse("config.num_hidden_layers was changed after the first call")
+        for name, value in others.items():
+            if value is not None:
+                raise CannotFuse(f"{name} was given")
         if _choice(output_attentions, settings.get("_output_attentions", False)):
             raise CannotFuse("output_attentions: the core keeps no attention weights")
         hidden = _choice(output_hidden_states, settings.get("output_hidden_states", False))
@@ -160,41 +160,27 @@ class FusedDecoder(FusedTransformer):
         x = extra.embed(input_ids) if inputs_embeds is None else inputs_embeds
         check_input(x)
         if x.ndim != 3 or not x.numel():
-            raise CannotFuse(f"its input is of the shape {tuple(x.shape)}")
-        batch, tokens, _ = x.shape
+            raise CannotFuse(f"its input has {x.ndim} dimensions or no tokens")
 
         use_cache = settings.get("use_cache", False) if use_cache is None else use_cache
-        cache, shape = past_key_values, extra.shape(batch, x.dtype)
+        cache = past_key_values
         if cache is None and use_cache:
             cache = _new_cache(module.config)
-        ours = isinstance(cache, KVCache)
-        if ours and cache.shape[:4] != shape[:4]:
-            raise CannotFuse(f"the KVCache is of the shape {cache.shape[:4]}, the call of {shape[:4]}")
-        kv = cache if ours or cache is None else kv_of(cache, shape, extra.window)
-        if kv is not None and kv.make_room(tokens, extra.window) and not ours and kv.length:
-            publish(cache, kv, kv.length, extra.window)  # the views that it has are of memory that is gone
-
-        past, dropped = (0, 0) if kv is None else (kv.length, kv.dropped)
-        sdpa, seen = settings.get("_attn_implementation_internal") == "sdpa", past + dropped
-        mask = mask_of(attention_mask, batch, tokens, past, dropped, cache is not None, sdpa, extra.window)
-        positions = _positions(position_ids, batch, tokens, seen, cache is None and attention_mask is None)
-        if positions is None and dropped:
-            positions = torch.arange(seen, seen + tokens).expand(batch, tokens)
-        if positions is None:
-            rope = extra.rope.until(seen + tokens)
-        else:
-            rope, positions = extra.rope.at(positions, max(extra.positions, seen + tokens))
-        arguments = {"mask": mask, "cache": kv, "past": past, "positions": positions, "rope": rope}
-        states = None
+        kv = None if cache is None else _kv_of(cache, extra, x)
+        sdpa = settings.get("_attn_implementation_internal") == "sdpa"
+        arguments = _arguments(extra, kv, x, attention_mask, position_ids, sdpa)
         if hidden:
             states = _each_state(stack, x, extra.layers, arguments)
             y = states[-1]
         else:
+            states = None
             y = stack(x, **arguments, out=None if x is inputs_embeds else x)
-        if ours:
-            kv.length = past + tokens
-        elif kv is not None:
-            publish(cache, kv, past + tokens, extra.window)
+        if kv is not None:
+            length = kv.length + x.shape[1]
+            if kv is cache:
+                kv.length = length
+            else:
+                publish(cache, kv, length, extra.window)
         from transformers.modeling_outputs import BaseModelOutputWithPast
 
         result = BaseModelOutputWithPast(
@@ -315,7 +301,7 @@ def mask_of(
     if given.ndim == 2:
         width = dropped + keys
         if given.shape[0] != batch or (not cached and given.shape[1] != width):
-            raise CannotFuse(f"an attention_mask of {tuple(given.shape)} for {width} tokens")
+            raise CannotFuse("its attention_mask does not have the shape of the tokens")
         real = given.bool()[:, dropped:width]
         if real.shape[1] < keys:
             real = torch.nn.functional.pad(real, (0, keys - real.shape[1]))
@@ -325,7 +311,7 @@ def mask_of(
         raise CannotFuse(f"an attention_mask of {given.ndim} dimensions and {given.dtype}")
     sizes = zip(given.shape, (batch, None, tokens, keys), strict=True)
     if dropped or any(whole is not None and size not in (1, whole) for size, whole in sizes):
-        raise CannotFuse(f"an attention_mask of {tuple(given.shape)} for {batch} x {tokens} x {keys}")
+        raise CannotFuse("its attention_mask does not have the shape of the tokens")
     # Such a mask is all that the model's own attention looks at.
     full = given.expand(-1, -1, tokens, keys)
     open_ = full if given.dtype is torch.bool else full > _CLOSED
@@ -339,6 +325,37 @@ def mask_of(
 _CLOSED = -1e4  # what is added to a score to rule a key out; exp of it is 0
 
 
+def _kv_of(cache: Any, extra: _Extra, x: Tensor) -> KVCache:
+    """Ours, as it is or as it is behind a DynamicCache, with room for the tokens of x."""
+    shape = extra.shape(x.shape[0], x.dtype)
+    if not isinstance(cache, KVCache):
+        cache = kv_of(cache, shape, extra.window)
+    elif cache.shape[:4] != shape[:4]:
+        raise ModelError(
+            f"the KVCache is of {cache.shape[:4]} (blocks, batch, heads, size), the call of {shape[:4]}"
+        )
+    cache.make_room(x.shape[1], extra.window)
+    return cache
+
+
+def _arguments(
+    extra: _Extra, kv: KVCache | None, x: Tensor, attention_mask: Any, position_ids: Any, sdpa: bool
+) -> dict[str, Any]:
+    """Of a call of the stack."""
+    batch, tokens, _ = x.shape
+    past, dropped = (0, 0) if kv is None else (kv.length, kv.dropped)
+    mask = mask_of(attention_mask, batch, tokens, past, dropped, kv is not None, sdpa, extra.window)
+    seen = past + dropped
+    positions = _positions(position_ids, batch, tokens, seen, kv is None and attention_mask is None)
+    if positions is None and dropped:
+        positions = torch.arange(seen, seen + tokens).expand(batch, tokens)
+    if positions is None:
+        rope = extra.rope.until(seen + tokens)
+    else:
+        rope, positions = extra.rope.at(positions, max(extra.positions, seen + tokens))
+    return {"mask": mask, "cache": kv, "past": past, "positions": positions, "rope": rope}
+
+
 def _positions(given: Any, batch: int, tokens: int, seen: int, packing: bool) -> Tensor | None:
     """position_ids [batch, tokens]; None where they follow those that were seen."""
     if given is None:
@@ -346,7 +363,7 @@ def _positions(given: Any, batch: int, tokens: int, seen: int, packing: bool) ->
     if type(given) is not Tensor or not given.is_cpu or given.dtype.is_floating_point:
         raise CannotFuse("its position_ids are no plain tensor of integers on the CPU")
     if given.ndim != 2 or given.shape[0] not in (1, batch) or given.shape[1] != tokens:
-        raise CannotFuse(f"position_ids of {tuple(given.shape)} for {batch} x {tokens}")
+        raise CannotFuse("its position_ids do not have the shape of the tokens")
     if given.numel() == 1:
         if int(given) == seen:
             return None
