@@ -138,7 +138,8 @@ def _model(results: list[dict]) -> str:
         blocks.append(
             f"{result['model']}: milliseconds per forward pass, and in brackets the lowest cosine of "
             "a sentence embedding to float32. `halfbyte` has its linear layers in w8a8, `halfbyte-fused` is "
-            f"the same after `fuse_`, `halfbyte-fused-fp32` is not quantized:\n\n{markdown_table(headers, rows)}"
+            "the same after `fuse_`, `halfbyte-fused-fp32` is not quantized:\n\n"
+            + markdown_table(headers, rows)
         )
     return "\n\n".join(blocks)
 
@@ -181,7 +182,8 @@ def _decoder(results: list[dict]) -> str:
             f"{result['model'].removesuffix('-Instruct')}: tokens per second at batch 1, in a prompt "
             f"(prefill) and after one of {prompt} (decode); loss in nats per token of that prompt, and in "
             "brackets before `fuse_`. halfbyte's columns are fused and generate with `hb.generate`, keys and "
-            f"values in bfloat16 (llama.cpp's are float16); `unfused` runs in transformers:\n\n{markdown_table(headers, table)}"
+            "values in bfloat16 (llama.cpp's are float16); `unfused` runs in transformers:\n\n"
+            + markdown_table(headers, table)
         )
     return "\n\n".join(blocks)
 

@@ -238,6 +238,7 @@ def test_decoder_times_the_tokens_of_generate(small_smollm2, monkeypatch):
     assert (short.name, long.name, decode.name) == ("prefill 5 x", "prefill 12 x", "decode x")
 
 
+@pytest.mark.filterwarnings("ignore:a BertModel that is fused")  # runs its own forward: what is tested
 def test_calls_that_are_not_fused_are_named(encoder):
     import copy
 

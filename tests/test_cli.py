@@ -255,7 +255,7 @@ def test_demo(capsys):
         "ms per batch",
         "faster",
         "model bytes",
-        "cosine of embeddings",
+        "cosine to float32",
         "same best passage",
         "same among",
         "BERT encoder: 6 blocks in one call",

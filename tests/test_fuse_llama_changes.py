@@ -39,7 +39,7 @@ def no_grad():
 
 
 def test_hooks_of_calls_before_fuse():
-    """transformers installs hooks at the first call that asks for outputs of layers, and leaves them there."""
+    """transformers installs hooks at the first call that asks for outputs of layers, and leaves them."""
     model = make()
     ids = prompts(1, 6)
     want = model(ids, output_hidden_states=True).hidden_states

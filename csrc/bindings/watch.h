@@ -39,7 +39,7 @@ uintptr_t address(PyObject* tensor);
 class Watch {
  public:
   // Rows of (dictionary, key, object, version). version >= 0: of a tensor, compared with its memory, which changes under the
-  // same tensor by `tensor.data = other`; -1: its memory only; -2: the object only.
+  // same tensor by `tensor.data = other`; -1: its memory only; -2: the object only; -3: how many entries the dictionary has.
   Watch(const py::list& entries, py::list empty);
 
   bool unchanged() const { return same_entries() && all_empty(); }

@@ -163,6 +163,7 @@ void Multiplication::strip(int64_t index, const Product& product, int64_t panel,
   if (e.residual) {
     e.residual = static_cast<const char*>(out.residual) + (row * out.ldr + column) * size_of(out.residual_type);
   }
+  if (e.factor) e.factor += row * e.factor_stride + column;
   if (!product.gate) return tile(*product.packed, r, panel, panels, e);
 
   alignas(64) float factor[tile_sums];

@@ -10,10 +10,10 @@
 namespace halfbyte {
 
 // One weight that rows are multiplied with, and what becomes of the sums: c = activation(x W^T + bias) + residual, or,
-// with a gate, c = (x W^T + bias) * activation(x G^T + gate_bias) + residual.
+// with a gate, c = (x W^T + bias) * activation(x G^T + gate_bias) + residual. out.factor may be given instead of a gate.
 struct Product {
   const PackedWeight* packed = nullptr;
-  EpilogueArgs out{};  // c, ldc, c_type, bias, activation and residual are the caller's
+  EpilogueArgs out{};  // c, ldc, c_type, bias, activation, factor and residual are the caller's
   const PackedWeight* gate = nullptr;  // of the format and shape of `packed`
   const float* gate_bias = nullptr;
   bool far = true;  // c is not in the caches: fetch its lines ahead (3 % of a tile's time where they are)

@@ -19,6 +19,9 @@ bool same_input(const Linear& a, const Linear& b) {
   return same_codes(*a.packed, *b.packed) && a.static_scale == b.static_scale && a.static_zero == b.static_zero;
 }
 
+// Whether gate and up cannot share codes, and so not a multiplication.
+bool has_own_gate(const Block& b) { return b.gate.packed && !same_input(b.gate, b.up); }
+
 quantize_rows::Args describe(const Linear& linear, uint32_t isas) {
   quantize_rows::Args a{};
   describe_codes(kernel_of(*linear.packed, isas), *linear.packed, a);
@@ -56,6 +59,7 @@ Sizes::Sizes(const Stack& s, const Call& call, const Kernels& kernels, int64_t b
   h = floats(std::max(s.hidden, q_width(s)));
   qkv = floats(qkv_width(s));
   mlp = floats(mlp_width(s));
+  gate = std::any_of(s.blocks.begin(), s.blocks.end(), has_own_gate) ? mlp : 0;
   codes = round_up(largest_codes(s, kernels.isas, rows), 64);
   copies = s.pre_norm && rows <= few_rows ? threads : 1;  // post-norm, a norm writes x
   scratch = round_up(std::max(attention::scratch_bytes(describe_attention(s, call, 0, 0, batch, nullptr, nullptr)),
@@ -72,6 +76,7 @@ Room::Room(const Sizes& sizes, uint8_t* memory) {
   h = reinterpret_cast<float*>(cut(sizes.h));
   qkv = reinterpret_cast<float*>(cut(sizes.qkv));
   mlp = reinterpret_cast<float*>(cut(sizes.mlp));
+  gate = reinterpret_cast<float*>(cut(sizes.gate));
   codes = cut(sizes.copies * sizes.codes);
   scratch = cut(sizes.threads * sizes.scratch);
 }
@@ -248,12 +253,23 @@ void Runner::multiply_qkv(int64_t index) {
 void Runner::multiply_mlp(int64_t index) {
   const Block& b = block(index);
   Product up = product(b.up, room.mlp, b.up.packed->n);
-  up.out.activation = stack.activation;
-  up.gate = b.gate.packed.get();
-  up.gate_bias = b.gate.bias;
+  const Norm* through = stack.pre_norm ? &b.mlp_norm : &b.attention_norm;
+  float* const normed = stack.pre_norm ? nullptr : room.x;
+  if (has_own_gate(b)) {
+    Product gate = product(b.gate, room.gate, b.gate.packed->n);
+    gate.out.activation = stack.activation;
+    const Linear* const linear = &b.gate;
+    multiply(room.x, stack.hidden, through, normed, &gate, &linear, 1);
+    if (normed) through = nullptr;  // x is normed now
+    up.out.factor = room.gate;
+    up.out.factor_stride = gate.out.ldc;
+  } else {
+    up.out.activation = stack.activation;
+    up.gate = b.gate.packed.get();
+    up.gate_bias = b.gate.bias;
+  }
   const Linear* linear = &b.up;
-  multiply(room.x, stack.hidden, stack.pre_norm ? &b.mlp_norm : &b.attention_norm, stack.pre_norm ? nullptr : room.x, &up,
-           &linear, 1);
+  multiply(room.x, stack.hidden, through, normed, &up, &linear, 1);
   done(index, phase_up);
 
   Product down = product(b.down, room.x, stack.hidden);

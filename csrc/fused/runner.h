@@ -33,16 +33,17 @@ constexpr int64_t few_rows = 3;
 struct Sizes {
   Sizes(const Stack& stack, const Call& call, const Kernels& kernels, int64_t batch, int threads);
   int64_t x, h, qkv, mlp;  // the residual stream; [rows][max(hidden, heads)]; [rows][q, k and v]; [rows][mlp]
+  int64_t gate;            // [rows][mlp], where the input of a gate is quantized in another way than that of its up
   int64_t codes;           // of up to max_products formats, one behind the other
   int64_t copies;          // of the codes: one per thread where rows are few
   int64_t scratch;         // of each thread, for attention and norms
   int threads;
-  int64_t total() const { return x + h + qkv + mlp + copies * codes + threads * scratch; }
+  int64_t total() const { return x + h + qkv + mlp + gate + copies * codes + threads * scratch; }
 };
 
 struct Room {
   Room(const Sizes& sizes, uint8_t* memory);
-  float *x, *h, *qkv, *mlp;
+  float *x, *h, *qkv, *mlp, *gate;
   uint8_t *codes, *scratch;
 };
 

@@ -227,7 +227,8 @@ class LinearPlan:
 
 class Watch:
     """Notices changes. entries: (dictionary, key, object or None, version): an object that is another one
-    now, or a tensor with other memory (version >= -1) or another version (>= 0). empty: dictionaries of
+    now, or a tensor with other memory (version >= -1) or another version (>= 0); version -3: whether the
+    dictionary has got more or fewer keys. empty: dictionaries of
     hooks.
     """
 

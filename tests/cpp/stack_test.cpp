@@ -64,12 +64,8 @@ struct Model {
       b.k = linear(kind_of(), kv, s.hidden);
       b.v = linear(kind_of(), kv, s.hidden);
       b.o = linear(kind_of(), s.hidden, q);
-      const int up = kind_of();
-      b.up = linear(up, mlp, s.hidden);
-      if (gated) {
-        b.gate = linear(up, mlp, s.hidden);
-        b.gate.static_scale = b.up.static_scale, b.gate.static_zero = b.up.static_zero;
-      }
+      b.up = linear(kind_of(), mlp, s.hidden);
+      if (gated) b.gate = linear(kind_of(), mlp, s.hidden);
       b.down = linear(kind_of(), s.hidden, mlp);
       s.blocks.push_back(b);
     }

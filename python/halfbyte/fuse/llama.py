@@ -11,6 +11,7 @@ from ..errors import ModelError
 from .attach import check_input, fused_of, recorder
 from .cache import KVCache, Shape, cache_dtype, kv_of, publish
 from .capture import FusedTransformer
+from .causal import mask_of, positions_of
 from .parts import activation_of, defined_in, origin, origins
 from .rope import Rope
 from .stack import BlockSpec, CannotFuse, FusedStack, NormSpec, StackSpec, modules_of
@@ -289,42 +290,6 @@ def settings_of(module: nn.Module) -> dict[str, Any]:
     return settings
 
 
-def mask_of(
-    given: Any, batch: int, tokens: int, past: int, dropped: int, cached: bool, sdpa: bool, window: int
-) -> Tensor | None:
-    """What the core takes for an attention_mask. It rules out later keys and those before a window itself."""
-    if given is None:
-        return None
-    if type(given) is not Tensor or not given.is_cpu:
-        raise CannotFuse("its attention_mask is no plain tensor on the CPU")
-    keys = past + tokens
-    if given.ndim == 2:
-        width = dropped + keys
-        if given.shape[0] != batch or (not cached and given.shape[1] != width):
-            raise CannotFuse("its attention_mask does not have the shape of the tokens")
-        real = given.bool()[:, dropped:width]
-        if real.shape[1] < keys:
-            real = torch.nn.functional.pad(real, (0, keys - real.shape[1]))
-        return None if real.all() else real[:, None, None]
-    kinds = (torch.bool,) if sdpa else ()  # eager attention adds it, a 1 for a True too
-    if given.ndim != 4 or not (given.is_floating_point() or given.dtype in kinds):
-        raise CannotFuse(f"an attention_mask of {given.ndim} dimensions and {given.dtype}")
-    sizes = zip(given.shape, (batch, None, tokens, keys), strict=True)
-    if dropped or any(whole is not None and size not in (1, whole) for size, whole in sizes):
-        raise CannotFuse("its attention_mask does not have the shape of the tokens")
-    # Such a mask is all that the model's own attention looks at.
-    full = given.expand(-1, -1, tokens, keys)
-    open_ = full if given.dtype is torch.bool else full > _CLOSED
-    distance = torch.arange(past, keys)[:, None] - torch.arange(keys)
-    outside = (distance < 0) | (distance >= window) if window else distance < 0
-    if (open_ & outside).any():
-        raise CannotFuse("an attention_mask that lets a token see later ones, or beyond the window")
-    return given
-
-
-_CLOSED = -1e4  # what is added to a score to rule a key out; exp of it is 0
-
-
 def _kv_of(cache: Any, extra: _Extra, x: Tensor) -> KVCache:
     """Ours, as it is or as it is behind a DynamicCache, with room for the tokens of x."""
     shape = extra.shape(x.shape[0], x.dtype)
@@ -346,7 +311,7 @@ def _arguments(
     past, dropped = (0, 0) if kv is None else (kv.length, kv.dropped)
     mask = mask_of(attention_mask, batch, tokens, past, dropped, kv is not None, sdpa, extra.window)
     seen = past + dropped
-    positions = _positions(position_ids, batch, tokens, seen, kv is None and attention_mask is None)
+    positions = positions_of(position_ids, batch, tokens, seen, kv is None and attention_mask is None)
     if positions is None and dropped:
         positions = torch.arange(seen, seen + tokens).expand(batch, tokens)
     if positions is None:
@@ -354,24 +319,6 @@ def _arguments(
     else:
         rope, positions = extra.rope.at(positions, max(extra.positions, seen + tokens))
     return {"mask": mask, "cache": kv, "past": past, "positions": positions, "rope": rope}
-
-
-def _positions(given: Any, batch: int, tokens: int, seen: int, packing: bool) -> Tensor | None:
-    """position_ids [batch, tokens]; None where they follow those that were seen."""
-    if given is None:
-        return None
-    if type(given) is not Tensor or not given.is_cpu or given.dtype.is_floating_point:
-        raise CannotFuse("its position_ids are no plain tensor of integers on the CPU")
-    if given.ndim != 2 or given.shape[0] not in (1, batch) or given.shape[1] != tokens:
-        raise CannotFuse("its position_ids do not have the shape of the tokens")
-    if given.numel() == 1:
-        if int(given) == seen:
-            return None
-    elif (given == torch.arange(seen, seen + tokens)).all():
-        return None
-    if packing and (given.diff(dim=1) != 1).any():
-        raise CannotFuse("position_ids that jump mean several texts in one row")
-    return given.long().expand(batch, tokens)
 
 
 def _each_state(stack: FusedStack, x: Tensor, layers: int, arguments: dict) -> tuple[Tensor, ...]:
