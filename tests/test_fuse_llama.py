@@ -156,11 +156,11 @@ def test_position_ids():
     ids = prompts(2, 6)
     plain = torch.arange(6)[None]
     spread = torch.tensor([[3, 5, 6, 9, 70, 200000], [0, 0, 1, 2, 3, 40]])
-    for positions in (plain, plain.expand(2, 6), plain + 11, spread, spread - 7):
+    for positions in (plain, plain.expand(2, 6), plain + 11, plain - 3, spread, spread - 7):
         want, got = (m(ids, position_ids=positions) for m in (model, fused))
         # sin and cos of 2e5 radians hang on the last bits of the angle, which both round alike
         close(got.logits, want.logits)
-    all_fused(fused, 5)
+    all_fused(fused, 6)
 
 
 def test_several_texts_in_a_row_are_left_to_the_model():
@@ -188,7 +188,12 @@ def test_hidden_states_and_tuples(variant, masked):
     assert torch.equal(y, got.last_hidden_state) and cache.get_seq_length() == ids.shape[1]
     assert torch.equal(x, fused.model.embed_tokens(ids)), "the input was written to"
     assert fused.model(ids, use_cache=False).past_key_values is None
-    all_fused(fused, 4)
+    caches = [
+        m.model(prompts(), past_key_values=transformers.DynamicCache(), use_cache=False)[1:]
+        for m in (model, fused)
+    ]
+    assert len(caches[0]) == len(caches[1]), "whether a cache comes back that was given"
+    all_fused(fused, 5)
 
 
 def test_positional_arguments_and_inspection():

@@ -68,13 +68,14 @@ def test_rows_of_a_padded_batch_are_what_they_are_alone(fused):
         assert torch.equal(got[row, -NEW:], hb.generate(fused, ids[row : row + 1, keep], NEW)[0, -NEW:])
 
 
-def test_far_beyond_the_first_memory(fused, monkeypatch):
+@pytest.mark.parametrize("variant", ["llama", "mistral window"])
+def test_far_beyond_the_first_memory(variant, monkeypatch):
     """More tokens than there is room for at first, in the cache, the mask and the tables."""
     monkeypatch.setattr(generation, "_ROOM", 4)
+    fused = hb.fuse_(make(variant))
     ids, mask = padded("left")
-    assert torch.equal(
-        hb.generate(fused, ids, 100, attention_mask=mask), theirs(fused, ids, 100, attention_mask=mask)
-    )
+    for options in ({"attention_mask": mask}, {"attention_mask": torch.ones_like(mask)}):
+        assert torch.equal(hb.generate(fused, ids, 120, **options), theirs(fused, ids, 120, **options))
     monkeypatch.setattr(rope, "_FIRST_ROWS", 4)
     found = [hb.generate(m, ids, 60, attention_mask=mask) for m in (copy.deepcopy(fused), fused)]
     assert torch.equal(*found)

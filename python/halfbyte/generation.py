@@ -150,9 +150,7 @@ class _Step:
             mask = self._mask(dropped, end)
         elif dropped:
             positions = torch.arange(end - tokens, end).expand(ids.shape)
-        y = self._stack(
-            x, mask=mask, cache=cache, past=past, positions=positions, rope=extra.rope.until(end), out=x
-        )
+        y = self._stack(x, mask=mask, cache=cache, past=past, positions=positions, rope=extra.rope.until(end))
         cache.length = past + tokens
         self._decoder.calls += 1
         if self._positions is not None:

@@ -123,7 +123,7 @@ class Fused:
         """What was built of the module as it is now."""
         built = self._built
         if built is None or not built.current(module):
-            self._built = None
+            self._built = built = None  # frees what the new one would not share
             built = self._built = _Built(module, *self.build(module))
         return built
 

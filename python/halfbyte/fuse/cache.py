@@ -322,7 +322,7 @@ def _layers(cache: DynamicCache, blocks: int, window: int) -> list:
 
 def _cropped(kv: KVCache, layers: list, length: int) -> bool:
     """Whether the layers hold the first `length` tokens of the KVCache, in its own memory."""
-    if kv.dropped or length > kv.length or any(layer.get_seq_length() != length for layer in layers):
+    if length > kv.length or any(layer.get_seq_length() != length for layer in layers):
         return False
     return all(
         t.data_ptr() == own.data_ptr() and t.stride() == own.stride()

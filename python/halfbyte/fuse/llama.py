@@ -89,6 +89,7 @@ class FusedDecoder(FusedTransformer):
                 blocks=blocks,
                 last_norm=_norm(module.norm),
                 modules=modules_of(*layers, module.norm, rotary),
+                settings=[(module.config, name) for name in ("sliding_window", "use_sliding_window")],
             )
         except AttributeError as error:
             raise CannotFuse(f"an unknown variant: {error}") from None
@@ -175,7 +176,7 @@ class FusedDecoder(FusedTransformer):
             y = states[-1]
         else:
             states = None
-            y = stack(x, **arguments, out=None if x is inputs_embeds else x)
+            y = stack(x, **arguments)
         if kv is not None:
             length = kv.length + x.shape[1]
             if kv is cache:

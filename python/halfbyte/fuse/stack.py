@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = [getattr(torch.nn.modules.module, f"_global{hooks}") for hooks in _HOOKS]
-_IDENTITY, _MEMORY = -2, -1  # how much of a watched value is compared; otherwise its version too
+# How much of a watched value is compared: the number of keys, the object; or a tensor's version and memory.
+_LENGTH, _IDENTITY = -3, -2
 _LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 _get_num_threads = torch.get_num_threads
 
@@ -89,6 +90,7 @@ class StackSpec:
 
     first_norm (post-norm blocks): of the input. last_norm (pre-norm blocks): of what the last block gives.
     modules: all whose work the stack does; a hook or the training mode of one of them is an obstacle.
+    settings: (object, attribute) that the stack was made of, beside those of the modules.
     """
 
     hidden: int
@@ -107,6 +109,7 @@ class StackSpec:
     first_norm: NormSpec | None = None
     last_norm: NormSpec | None = None
     modules: list[nn.Module] = field(default_factory=list)
+    settings: list[tuple[object, str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -216,6 +219,10 @@ class FusedStack:
             x = x.contiguous()
         if out is None:
             out = torch.empty_like(x)
+        elif out.shape != x.shape or out.dtype != x.dtype or not out.is_contiguous():
+            raise ValueError(
+                f"out must be contiguous and of the shape {tuple(x.shape)} and dtype {x.dtype} of x"
+            )
         if mask is not None:
             keys = past + tokens
             kind = 1
@@ -272,14 +279,21 @@ class FusedStack:
             if module.training and isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
                 raise CannotFuse("its dropout is in training mode: call .eval() first")
             self._watched.append((vars(module), "forward", None, _IDENTITY))
-            self._watched.append((vars(module), "training", module.training, _IDENTITY))
+            for attribute, value in vars(module).items():
+                # What the spec may have been made of: eps, a scaling, an activation, a switch.
+                if isinstance(value, (float, bool)) or callable(value):
+                    self._watched.append((vars(module), attribute, value, _IDENTITY))
+            self._watched.append((module._modules, "", None, _LENGTH))
             for attribute, child in module._modules.items():
                 self._watched.append((module._modules, attribute, child, _IDENTITY))
             buffers = held(module)  # without making those that `pack_` has freed
             self._watched.append((vars(module), "_buffers", buffers, _IDENTITY))
             for holder in (module._parameters, buffers):
+                self._watched.append((holder, "", None, _LENGTH))
                 for attribute, tensor in holder.items():
                     self._watch_tensor(holder, attribute, tensor)
+        for owner, attribute in self.spec.settings:
+            self._watched.append((vars(owner), attribute, vars(owner).get(attribute), _IDENTITY))
         if any(_GLOBAL_HOOKS):
             raise CannotFuse("there are global module hooks")
 
@@ -287,7 +301,10 @@ class FusedStack:
         if tensor is None:
             self._watched.append((holder, attribute, None, _IDENTITY))
         elif tensor.is_inference():
-            self._watched.append((holder, attribute, tensor, _MEMORY))
+            raise CannotFuse(
+                "its tensors were made under torch.inference_mode(), where changes are not counted: "
+                "clone them outside of it"
+            )
         else:
             self._watched.append((holder, attribute, tensor, tensor._version))
 
@@ -361,9 +378,7 @@ def _rows_of(linear: QLinear, begin: int, end: int):
 def _pack_float(weight: Tensor, begin: int, end: int):
     """Packs some rows of a float weight, once for the values it has now."""
     _check_tensor(weight)
-    inference = weight.is_inference()
-    known = {} if inference else _float_packs.get(weight, {})
-    now = None if inference else state(weight)
+    known, now = _float_packs.get(weight, {}), state(weight)
     then, packed_then = known.get((begin, end), (None, None))
     if packed_then is not None and then == now and (packed := packed_then()) is not None:
         return packed
@@ -373,7 +388,6 @@ def _pack_float(weight: Tensor, begin: int, end: int):
     kind = kind_of(rows, "the weight")
     n, k = rows.shape
     packed = _core.pack_float(rows.data_ptr(), kind.codes[rows.dtype], n, k, max(rows.stride(0), k))
-    if not inference:
-        current = {key: value for key, value in known.items() if value[0] == now}
-        _float_packs[weight] = current | {(begin, end): (now, weakref.ref(packed))}
+    current = {key: value for key, value in known.items() if value[0] == now}
+    _float_packs[weight] = current | {(begin, end): (now, weakref.ref(packed))}
     return packed
