@@ -234,11 +234,14 @@ def test_half_precision(dtype, bound):
     assert out.logits.dtype is dtype and out.past_key_values.layers[0].keys.dtype is dtype
     error = relative_error(out.logits[real], want[real])
     assert error < bound and error < 1.2 * relative_error(unfused[real], want[real])
+    states = fused(ids, attention_mask=mask, output_hidden_states=True).hidden_states
+    assert {state.dtype for state in states} == {dtype}
+    assert torch.equal(fused.lm_head(states[-1]), out.logits)
     out = fused(
         ids[:, :1], attention_mask=torch.cat([mask, mask[:, -1:]], 1), past_key_values=out.past_key_values
     )
     assert out.logits.isfinite().all()
-    all_fused(fused, 2)
+    all_fused(fused, 3)
 
 
 @pytest.mark.parametrize("scheme", ["w8a8", "w4a8_g32", "w8a8+ag32", "w4a16_g32"])

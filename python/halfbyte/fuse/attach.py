@@ -93,7 +93,7 @@ class Fused:
             if _grad_enabled() and self._trains(module):
                 raise CannotFuse("a gradient is wanted: call it under torch.no_grad() or inference_mode()")
             built = self._ready(module)
-            arguments = kwargs if not args else dict(zip(_names(type(module)), args, strict=False)) | kwargs
+            arguments = kwargs if not args else dict(zip(argument_names(type(module)), args, strict=False)) | kwargs
             if len(arguments) != len(args) + len(kwargs):
                 raise CannotFuse("its arguments do not fit")  # its own forward says which
             result = self.run(module, built.stack, built.extra, **arguments)
@@ -204,7 +204,7 @@ def recorder() -> str:
 
 
 @cache
-def _names(cls: type[nn.Module]) -> tuple[str, ...]:
+def argument_names(cls: type[nn.Module]) -> tuple[str, ...]:
     """Of the positional arguments of its forward, in order."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = inspect.signature(cls.forward).parameters.values()

@@ -1,5 +1,5 @@
-"""Patterns among the quantized layers of modules that are no known block: activations and residual sums go
-with the call of the layer before them.
+"""Patterns among the quantized layers of modules that are no known block: activations go into the call of the
+layer before them; residual sums and gates are applied in place to what a layer gives.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .. import _core, dispatch
 from ..ops import ACTIVATIONS
 from ..qlinear import QLinear
-from .attach import Fused, check_input
+from .attach import Fused, argument_names, check_input
 from .parts import activation_of
 from .stack import _GLOBAL_HOOKS, _HOOKS, CannotFuse
 from .trace import Step, Untraceable, trace
@@ -48,8 +48,8 @@ class FusedPatterns(Fused):
         return program, None
 
     def run(self, module: nn.Module, program: _Program, extra: None, /, **arguments: Any) -> Tensor:
-        if len(arguments) != 1:
-            raise CannotFuse("it got more than its input")
+        if list(arguments) != list(argument_names(type(module))[:1]):
+            raise CannotFuse("it got something else than its input alone")
         (x,) = arguments.values()
         check_input(x)
         return program(x)
