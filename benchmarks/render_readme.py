@@ -226,7 +226,7 @@ def _perplexity(results: list[dict]) -> str:
 
 
 _TABLES = {
-    "linear": _linear, "model": _model, "decoder": _decoder, "quality": _quality, "perplexity": _perplexity,
+    "linear": _linear, "model": _model, "quality": _quality, "decoder": _decoder, "perplexity": _perplexity,
 }  # fmt: skip
 
 if __name__ == "__main__":

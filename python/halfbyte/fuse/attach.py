@@ -93,7 +93,8 @@ class Fused:
             if _grad_enabled() and self._trains(module):
                 raise CannotFuse("a gradient is wanted: call it under torch.no_grad() or inference_mode()")
             built = self._ready(module)
-            arguments = kwargs if not args else dict(zip(argument_names(type(module)), args, strict=False)) | kwargs
+            names = argument_names(type(module))
+            arguments = kwargs if not args else dict(zip(names, args, strict=False)) | kwargs
             if len(arguments) != len(args) + len(kwargs):
                 raise CannotFuse("its arguments do not fit")  # its own forward says which
             result = self.run(module, built.stack, built.extra, **arguments)
