@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -23,6 +24,21 @@ _KNOWN = {
     (_MODELS + "llama.modeling_llama", "LlamaForCausalLM"),
     (_MODELS + "mistral.modeling_mistral", "MistralForCausalLM"),
     (_MODELS + "qwen2.modeling_qwen2", "Qwen2ForCausalLM"),
+}
+# Settings of a generation_config that change the tokens, which `generate` does not have: where they do not.
+_NEUTRAL = {
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "bad_words_ids": None,
+    "sequence_bias": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "min_length": 0,
+    "min_new_tokens": None,
+    "num_beams": 1,
+    "guidance_scale": 1.0,
 }
 _ROOM = 1024  # tokens that memory is taken for at first, if more are asked for
 
@@ -67,13 +83,14 @@ def generate(
 
     The tokens are those of model.generate with the same arguments, drawn ones included where the seed is the
     same; a cache_dtype below that of the model changes logits a little. Other settings of the
-    generation_config are not used.
+    generation_config are not used, and those that would change the tokens are named in a warning.
 
     Raises ModelError for a model that is not fused or cannot run fused as it is now, and ShapeError,
     DTypeError and ValueError for arguments that do not fit.
     """
     decoder = _decoder(model)
     _check_prompt(ids, max_new_tokens)
+    _warn_of_settings(model)
     ends, pad = _ends(model, eos_token_id, pad_token_id)
     mask = _mask(ids, attention_mask, ends, pad)
     if not do_sample:
@@ -178,6 +195,19 @@ def _decoder(model: nn.Module) -> FusedDecoder:
         if module._forward_hooks or module._forward_pre_hooks:
             raise ModelError(f"a hook on the {type(module).__name__} would not run: use model.generate")
     return decoder
+
+
+def _warn_of_settings(model: nn.Module) -> None:
+    """Say which settings of the generation_config would make model.generate give other tokens."""
+    config = getattr(model, "generation_config", None)
+    given = {name: getattr(config, name, None) for name in _NEUTRAL}
+    used = [f"{name}={value}" for name, value in given.items() if value not in (None, _NEUTRAL[name])]
+    if used:
+        warnings.warn(
+            f"generate does not use {', '.join(used)} of the model's generation_config; model.generate does, "
+            "and runs on the fused model as well",
+            stacklevel=3,
+        )
 
 
 def _check_prompt(ids: Tensor, max_new_tokens: int) -> None:
