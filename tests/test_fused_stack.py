@@ -1,4 +1,4 @@
-"""What fused modules notice, what they never write to, and that they allocate nothing: on small random models."""
+"""What fused modules notice, what they never write to, that they allocate nothing: on small random models."""
 
 from __future__ import annotations
 
