@@ -212,7 +212,7 @@ def test_layers_that_are_float_again():
 
 def test_calls_that_are_not_known():
     model = hb.fuse_(make("residual"))
-    with torch.no_grad(), left_alone(model, "more than its input"):
+    with torch.no_grad(), left_alone(model, "something else than its input"):
         model(X, torch.ones(1))
     with left_alone(model, "gradient"):
         assert model(X).requires_grad

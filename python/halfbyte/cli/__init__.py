@@ -14,7 +14,7 @@ from ..errors import HalfbyteError
 _COMMANDS = {
     "doctor": "what this machine can run, what was built, which kernel each op uses, and a self-test",
     "bench": "measure layers, call overhead or a whole model against other tools and this machine's ceilings",
-    "demo": "search Python's documentation with MiniLM in float32, int8 and int8 fused, or (llm) run a language model",
+    "demo": "search Python's documentation with MiniLM in float32 and int8, or (llm) run a language model",
     "profile": "where the time of MiniLM goes, by layer and op, beside what this machine can do",
     "inspect": "show what a directory written by halfbyte.save holds",
 }
