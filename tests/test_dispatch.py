@@ -34,7 +34,7 @@ PRODUCTS = {
     "Zen 5": "avx512_vnni",
     "Sapphire Rapids": "amx_int8",
 }
-CONVERSIONS = {
+FLOATS = {
     "any x86-64": "scalar",
     "Haswell, Zen 1-3": "avx2",
     "Alder Lake": "avx2",
@@ -48,10 +48,12 @@ GOLDEN = {
     "linear_w4a8": PRODUCTS,
     "linear_w8a16": PRODUCTS,
     "linear_w4a16": PRODUCTS,
-    "quantize_rows": CONVERSIONS,
-    "embedding": CONVERSIONS,
-    "norm": CONVERSIONS,
-    "rope": CONVERSIONS,
+    "quantize_rows": FLOATS,
+    "embedding": FLOATS,
+    "norm": FLOATS,
+    "rope": FLOATS,
+    "attention": FLOATS,
+    "linear_f32": FLOATS,
 }
 
 

@@ -74,7 +74,9 @@ def _expected(case: cases.Linear):
 def test_every_op_has_its_scalar_kernel_here():
     for op, rows in KERNELS.items():
         assert rows[-1]["isa"] == "scalar", op
-    assert {row["op"] for row in _core.kernels()} == {*OPS, "embedding"}
+    # These have cases of their own, in test files of their names.
+    others = {"attention", "embedding", "linear_f32", "norm", "rope"}
+    assert {row["op"] for row in _core.kernels()} == {*OPS} | others
 
 
 @kernels_of(cases.LINEAR)
