@@ -13,13 +13,13 @@ namespace {
 std::atomic<long> allocations{0};
 }
 
-[[gnu::noinline]] void* operator new(size_t size) {  // inlined, gcc 12 takes the malloc for a mismatch of the free
+void* operator new(size_t size) {
   allocations.fetch_add(1, std::memory_order_relaxed);
   if (void* p = std::malloc(size ? size : 1)) return p;
   throw std::bad_alloc();
 }
-void operator delete(void* p) noexcept { std::free(p); }
-void operator delete(void* p, size_t) noexcept { std::free(p); }
+[[gnu::noinline]] void operator delete(void* p) noexcept { std::free(p); }
+[[gnu::noinline]] void operator delete(void* p, size_t) noexcept { std::free(p); }
 
 namespace halfbyte::truth {
 namespace {
