@@ -1,5 +1,5 @@
 # Install, test, measure and show halfbyte. Everything goes into .venv and build/, nothing outside this folder.
-# Needs Python >= 3.10 with venv, a C++20 compiler and make; cmake and ninja come from pip.
+# Needs Python >= 3.10 with venv, a C++20 compiler and make; cmake, ninja and a pip that knows -C come from pip.
 PYTHON  ?= python3
 VENV    ?= .venv
 PY      := $(VENV)/bin/python
@@ -21,7 +21,7 @@ PYTEST  := HALFBYTE_BUILD_DIR=$(CURDIR)/$(WHEEL) $(PY) -m pytest
 # compares with). A repeated call does nothing until a file above it changes.
 $(VENV)/.tools: constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) cmake ninja pybind11 scikit-build-core
+	$(PIP) 'pip>=23.1' cmake ninja pybind11 scikit-build-core
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.tools pyproject.toml $(SOURCES)

@@ -200,15 +200,6 @@ class FusedStack:
         [batch, tokens]; None: past, past + 1, ... rope: cos and sin, float32 [positions, rotary_dims / 2].
         blocks: (first, end). Autograd sees nothing of this.
         """
-        return self._run(x, mask, cache, past, positions, rope, blocks, out, 0)[0]
-
-    def profile(self, x: Tensor, events: int = 1 << 16, **kwargs) -> tuple[Tensor, list[tuple]]:
-        """As a call, with what the threads did when: (block, phase, thread, begin, end), times in ns."""
-        given = dict.fromkeys(("mask", "cache", "past", "positions", "rope", "blocks", "out")) | kwargs
-        given["past"] = given["past"] or 0
-        return self._run(x, *given.values(), events)
-
-    def _run(self, x, mask, cache, past, positions, rope, blocks, out, events):
         batch, tokens, hidden = x.shape
         if hidden != self.spec.hidden:
             raise ValueError(
@@ -241,6 +232,7 @@ class FusedStack:
         code = kind_of(x, "x").codes[x.dtype]
         blocks = blocks or (0, len(self.spec.blocks))
         threads = dispatch.thread_override or _get_num_threads()
+        events = 0
         if (record := _recorder.get()) is not None:
             # At most 6 phases of a block, 1 before and 2 after all; by threads that work together, or by
             # sequences, of which one thread may take all.
@@ -267,7 +259,7 @@ class FusedStack:
             )
         if record is not None:
             record(StackRun(self, batch, tokens, past, cache, x.dtype, blocks, found))
-        return out, found
+        return out
 
     def _check_modules(self) -> None:
         for module in self.spec.modules:
