@@ -11,7 +11,8 @@ void bind_linear(py::module_& m) {
       .def_readonly("k", &PackedWeight::k)
       .def_property_readonly("group", [](const PackedWeight& p) { return p.format.group; })
       .def_property_readonly("activation_group", [](const PackedWeight& p) { return p.format.activation_group; })
-      .def_property_readonly("nbytes", &PackedWeight::nbytes);
+      .def_property_readonly("nbytes", &PackedWeight::nbytes)
+      .def_property_readonly("stored", &PackedWeight::stored);
   m.def(
       "pack_linear",
       [](const std::string& op, uintptr_t codes, int64_t n, int64_t k, int64_t ld, uintptr_t scale, int64_t group,
@@ -36,6 +37,17 @@ void bind_linear(py::module_& m) {
       },
       py::arg("weight"), py::arg("dtype"), py::arg("n"), py::arg("k"), py::arg("ld"), py::arg("threads") = 0,
       py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "pack_sparse",
+      [](const std::string& op, uintptr_t weight, int type, int64_t n, int64_t k, int64_t ld, uintptr_t scale, int nonzero, int of,
+         int threads) {
+        return pack_sparse(linear_op(op),
+                           {.n = n, .k = k, .weight = pointer<const void>(weight), .type = dtype(type), .ld = ld,
+                            .scale = pointer<const float>(scale), .nonzero = nonzero, .of = of},
+                           threads);
+      },
+      py::arg("op"), py::arg("weight"), py::arg("dtype"), py::arg("n"), py::arg("k"), py::arg("ld"), py::arg("scale") = 0,
+      py::arg("nonzero") = 0, py::arg("of") = 0, py::arg("threads") = 0, py::call_guard<py::gil_scoped_release>());
   m.def(
       "unpack_linear",
       [](const PackedWeight& packed, uintptr_t codes, int64_t ld) { unpack_linear(packed, pointer<void>(codes), ld); },

@@ -23,13 +23,15 @@ namespace {
 constexpr uint32_t upto_avx2 = isa_scalar | isa_avx2;
 constexpr uint32_t upto_avx512 = upto_avx2 | isa_avx512;
 constexpr uint32_t upto_avx512_vnni = upto_avx512 | isa_avx512_vnni;
+constexpr uint32_t upto_avx512_vbmi = upto_avx512_vnni | isa_avx512_vbmi;
 constexpr IsaInfo isa_table[] = {
     {"scalar", isa_scalar, isa_scalar},
     {"avx2", isa_avx2, upto_avx2},
     {"avx_vnni", isa_avx_vnni, upto_avx2 | isa_avx_vnni},
     {"avx512", isa_avx512, upto_avx512},
     {"avx512_vnni", isa_avx512_vnni, upto_avx512_vnni},
-    {"amx_int8", isa_amx_int8, upto_avx512_vnni | isa_amx_int8},
+    {"avx512_vbmi", isa_avx512_vbmi, upto_avx512_vbmi},
+    {"amx_int8", isa_amx_int8, upto_avx512_vbmi | isa_amx_int8},
 };
 
 bool bit(uint32_t word, int index) { return (word >> index) & 1u; }
@@ -71,6 +73,7 @@ uint32_t detect() {
   found |= isa_avx512;
   if (!bit(c7, 11)) return found;
   found |= isa_avx512_vnni;
+  if (bit(c7, 1)) found |= isa_avx512_vbmi;
   if (tiles && bit(d7, 24) && bit(d7, 25) && request_amx()) found |= isa_amx_int8;
   return found;
 }
@@ -164,6 +167,9 @@ uint32_t built_isas() {
 #endif
 #if HALFBYTE_AVX512_VNNI
          | isa_avx512_vnni
+#endif
+#if HALFBYTE_AVX512_VBMI
+         | isa_avx512_vbmi
 #endif
 #if HALFBYTE_AMX_INT8
          | isa_amx_int8

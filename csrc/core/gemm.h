@@ -14,6 +14,7 @@ constexpr int byte_line = panel_width * quad;  // bytes of one quad of a panel o
 constexpr int max_panels = 4;
 constexpr int max_mr = 48;
 constexpr int max_accumulators = 12;
+constexpr int max_sparse_mr = 128;  // of kernels that arrange their strips
 
 // A panel whose sums are scaled per group of k. Its bytes are, group by group, what follows here and then the codes.
 struct GroupFormat {
@@ -31,15 +32,21 @@ struct GroupFormat {
 //   float(sum_k a (b - zero)) * scale[c][g] * a_scale[r][g] + (float(sum_k a) * a_scale[r][g]) * minimum[c][g]
 // with the factors and the second term that are there. Without zero points b is off by 128 (bytes, NF4), or by 8 (nibbles).
 // Channels 16-31 of a panel of nibbles, which lie in the high halves of its bytes, count 16 times: nothing shifts them.
+//
+// Of sparse weights the products of the values that are stored, which are signed: acc[r][c] = sum of (a + offset) b with
+// GemmTile::offset.
 struct TileArgs {
   int rows;       // 1 .. GemmTile::alone
   int panels;     // 1 .. max(1, min(max_panels, accumulators / rows))
+  int64_t all_rows;  // of the multiplication: what the order of a sum may depend on, as it may not on that of the strips
   int64_t quads;  // k_padded / 4
   const void* a;  // codes, zero from k to k_padded: int8, or int16 where GemmKernel::wide. Of 16-bit activations in int8: per
-                  // group its high bytes, then its low ones: a = 256 high + low, both signed
+                  // group its high bytes, then its low ones: a = 256 high + low, both signed. Of sparse weights: the strip
+                  // that GemmTile::arrange made
   int64_t lda;    // codes between rows
   const uint8_t* b;
   int64_t panel_bytes;
+  const int64_t* panel_offsets;  // of sparse weights, whose panels are of different sizes: panel i is at b + [i] - [0]
   int32_t* acc;  // [rows][panels * 32]
 
   const GroupFormat* groups;  // null: without
@@ -56,6 +63,7 @@ struct TileArgs {
 //       acc - 128 sum_k(a) - z sum_k(w) = sum_k (a - z) w,  because  acc = sum_k a (w + 128);
 // and with groups
 //   y = (t - a_zero b_total) * b_scale * a_scale.
+// Of sparse weights a_sum is 0 and a_zero larger by GemmTile::offset: acc - z sum_k(w), summed over the stored ones.
 struct EpilogueArgs {
   int rows, columns;
   const int32_t* acc;
@@ -78,12 +86,28 @@ struct EpilogueArgs {
   DType residual_type;
 };
 
+// Rows of codes that become a strip: what a kernel of sparse weights reads, since from one weight to the next it jumps
+// along k, where the rows of a matrix would each cost a cache line. Each thread makes its own.
+struct ArrangeArgs {
+  int rows;
+  int64_t all_rows;
+  int64_t k_padded;
+  const void* a;
+  int64_t lda;
+  void* strip;
+};
+
 struct GemmTile {
   int mr;            // rows of a tile where there are many, up to max_mr
   int alone;         // mr or more: so few rows make one tile, which reads the weight once; up to max_mr
   int row_step;      // computes its rows in steps of this many; a divisor of mr
   int accumulators;  // r rows may span accumulators / r panels (1 to max_panels); up to max_accumulators
   void (*run)(const TileArgs& args);
+
+  // Of sparse weights.
+  void (*arrange)(const ArrangeArgs& args) = nullptr;
+  int64_t (*strip_bytes)(int rows, int64_t k_padded) = nullptr;
+  int offset = 0;  // what arrange adds to the codes
 };
 
 struct GemmKernel {

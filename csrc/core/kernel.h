@@ -17,6 +17,7 @@ enum Isa : uint32_t {
   isa_avx512 = 1u << 3,       // F + BW + DQ + VL + CD
   isa_avx512_vnni = 1u << 4,  // vpdpbusd on zmm
   isa_amx_int8 = 1u << 5,     // tiles, with the permission of the operating system
+  isa_avx512_vbmi = 1u << 8,  // and vpermb, vpmultishiftqb
   isa_neon_dot = 1u << 6,     // sdot / udot
   isa_neon_i8mm = 1u << 7,    // smmla / usmmla
 };

@@ -8,10 +8,19 @@
 
 namespace halfbyte {
 
+// How the panels of a packed weight are laid out.
+enum class Layout {
+  dense,
+  blocks,   // those of 16 channels x quad k (8 bits) or 16 x 1 (floats) that are not all zero
+  windows,  // per 64 k the nonzero values of 16 channels, four of each to a line of 64
+  masks,    // per channel and 64 k a mask of 64 bits, and the nonzero values
+};
+
 struct LinearOp {
   const char* name;
   int weight_bits, activation_bits;
   std::span<const GemmKernel* const> kernels;  // best first
+  Layout layout = Layout::dense;
 };
 
 const LinearOp& linear_op(const std::string& name);  // throws std::invalid_argument
@@ -39,9 +48,22 @@ struct StoredWeight {
   int64_t activation_group;  // 0: per token; otherwise `group`, or anything where that is 0
 };
 
+float load_float(const void* p, DType type, int64_t i);  // element i, of a float type
+
 // Throw std::invalid_argument.
 PackedWeight pack_float(const void* weight, DType type, int64_t n, int64_t k, int64_t ld, int threads);  // for linear_f32
 PackedWeight pack_linear(const LinearOp& op, const StoredWeight& weight, int threads);
+
+// A weight with its zeros, of which the op packs what is not zero.
+struct SparseWeight {
+  int64_t n, k;
+  const void* weight;  // [n][k]: int8 codes for ops of 8 bits, otherwise floats
+  DType type;
+  int64_t ld;          // elements between rows
+  const float* scale;  // [n], of codes
+  int nonzero, of;     // of each `of` consecutive k at most `nonzero` are not zero; 0: anywhere
+};
+PackedWeight pack_sparse(const LinearOp& op, const SparseWeight& weight, int threads);
 void unpack_linear(const PackedWeight& packed, void* codes, int64_t ld);  // of integer codes
 
 struct LinearArgs {

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "core/linear.h"
+#include "core/workspace.h"
 
 namespace halfbyte {
 namespace {
@@ -15,11 +16,14 @@ constexpr int64_t task_grains = 4, most_tasks_per_thread = 16;
 constexpr int64_t rows_alone = 48;
 constexpr int tile_sums = std::max(max_mr, max_accumulators) * panel_width;
 
+thread_local Workspace workspace;  // strips and tiles of sparse weights
+constexpr int32_t no_sums[max_sparse_mr] = {};
+
 int64_t size_of(DType type) { return type == DType::f32 || type == DType::i32 ? 4 : 2; }
 
 int64_t multiplications(std::span<const Product> products, int64_t rows) {
   int64_t work = 0;
-  for (const Product& p : products) work += rows * p.packed->n_padded * p.packed->k_padded * (p.gate ? 2 : 1);
+  for (const Product& p : products) work += rows * (p.packed->stored() + (p.gate ? p.gate->stored() : 0));
   return work;
 }
 
@@ -74,11 +78,11 @@ Multiplication::Multiplication(const GemmKernel& kernel, std::span<const Product
       panels(0),
       work(multiplications(products, rows)) {
   for (const Product& p : products) panels += p.packed->panels();
-  by_rows = rows >= rows_alone * threads || panels < threads;
+  by_rows = rows >= std::max<int64_t>(rows_alone, shape.mr) * threads || panels < threads;
   strips = by_rows ? round_up(ceil_div(rows, shape.mr), threads) : rows <= shape.alone ? 1 : ceil_div(rows, shape.mr);
   steps_per_strip = ceil_div(rows, shape.row_step) / strips;
   longer_strips = ceil_div(rows, shape.row_step) % strips;
-  const int64_t largest = (steps_per_strip + (longer_strips > 0)) * shape.row_step;
+  largest = (steps_per_strip + (longer_strips > 0)) * shape.row_step;
   const int64_t strip_bytes = std::max<int64_t>(1, largest * a.ldc * a.code_bytes());
   blocks = ceil_div(strips, std::max<int64_t>(1, block_bytes / strip_bytes));
   if (by_rows) blocks = std::min(round_up(blocks, threads), strips);
@@ -108,20 +112,21 @@ Piece Multiplication::rows_to_quantize(const Team& team) const {
 }
 
 // e comes with rows, columns and what is written where.
-void Multiplication::tile(const PackedWeight& packed, Piece r, int64_t panel, int panels, EpilogueArgs& e) const {
-  alignas(64) int32_t acc[tile_sums];
-  alignas(64) float t[tile_sums];
+void Multiplication::tile(const PackedWeight& packed, Piece r, int64_t panel, int panels, EpilogueArgs& e, const void* codes,
+                          const Room& room) const {
   TileArgs tile;
   tile.rows = static_cast<int>(r.end - r.begin);
   tile.panels = panels;
+  tile.all_rows = rows;
   tile.quads = packed.k_padded / quad;
-  tile.a = static_cast<const uint8_t*>(a.codes) + r.begin * a.ldc * a.code_bytes();
+  tile.a = codes;
   tile.lda = a.ldc;
   tile.b = packed.panel(panel);
   tile.panel_bytes = packed.panel_bytes();
+  tile.panel_offsets = packed.offsets() + panel;
   const bool grouped = packed.grouped();
-  tile.acc = acc;
-  tile.t = t;
+  tile.acc = room.acc;
+  tile.t = room.t;
   tile.groups = grouped ? &packed.format.groups : nullptr;
   tile.nf4 = packed.format.nf4;
   tile.sum_stride = a.sums_per_row();
@@ -129,12 +134,18 @@ void Multiplication::tile(const PackedWeight& packed, Piece r, int64_t panel, in
   tile.scale_stride = a.scales_per_row();
   tile.a_scale = a.scale_per_group ? a.scale + r.begin * tile.scale_stride : nullptr;
   shape.run(tile);
-  e.acc = acc;
-  e.t = grouped ? t : nullptr;
+  e.acc = room.acc;
+  e.t = grouped ? room.t : nullptr;
   e.acc_stride = int64_t{panels} * panel_width;
   e.a_scale = a.scale_per_group ? nullptr : a.scale + r.begin;
   e.a_zero = a.symmetric ? nullptr : a.zero + r.begin;
   e.a_sum = tile.a_sum;
+  int32_t zeros[max_sparse_mr];
+  if (shape.arrange) {
+    e.a_sum = no_sums;
+    for (int i = 0; i < tile.rows && e.a_zero; ++i) zeros[i] = e.a_zero[i] + shape.offset;
+    if (e.a_zero) e.a_zero = zeros;
+  }
   const int64_t column = panel * panel_width;
   e.b_scale = packed.scale() + column;
   e.b_sum = packed.sum() + column;
@@ -143,7 +154,8 @@ void Multiplication::tile(const PackedWeight& packed, Piece r, int64_t panel, in
   kernel.epilogue(e);
 }
 
-void Multiplication::strip(int64_t index, const Product& product, int64_t panel, int panels) const {
+void Multiplication::strip(int64_t index, const Product& product, int64_t panel, int panels, const void* codes,
+                           const Room& room) const {
   const Piece r = strip_rows(index);
   if (r.begin == r.end) return;  // fewer rows than threads
   const EpilogueArgs& out = product.out;
@@ -164,27 +176,52 @@ void Multiplication::strip(int64_t index, const Product& product, int64_t panel,
     e.residual = static_cast<const char*>(out.residual) + (row * out.ldr + column) * size_of(out.residual_type);
   }
   if (e.factor) e.factor += row * e.factor_stride + column;
-  if (!product.gate) return tile(*product.packed, r, panel, panels, e);
+  if (!product.gate) return tile(*product.packed, r, panel, panels, e, codes, room);
 
-  alignas(64) float factor[tile_sums];
   EpilogueArgs gate{};
   gate.rows = e.rows;
   gate.columns = e.columns;
   gate.bias = product.gate_bias;
   gate.activation = out.activation;
-  gate.c = factor;
+  gate.c = room.factor;
   gate.ldc = int64_t{panels} * panel_width;
   gate.c_type = DType::f32;
-  tile(*product.gate, r, panel, panels, gate);
+  tile(*product.gate, r, panel, panels, gate, codes, room);
   e.activation = Activation::none;
-  e.factor = factor;
+  e.factor = room.factor;
   e.factor_stride = gate.ldc;
-  tile(*product.packed, r, panel, panels, e);
+  tile(*product.packed, r, panel, panels, e, codes, room);
+}
+
+void Multiplication::arrange(Piece block, const Room& room) const {
+  for (int64_t i = block.begin; i < block.end; ++i) {
+    const Piece r = strip_rows(i);
+    if (r.begin == r.end) continue;
+    shape.arrange({.rows = static_cast<int>(r.end - r.begin), .all_rows = rows, .k_padded = a.k_padded,
+                   .a = static_cast<const uint8_t*>(a.codes) + r.begin * a.ldc * a.code_bytes(), .lda = a.ldc,
+                   .strip = room.strips + (i - block.begin) * room.strip_bytes});
+  }
 }
 
 void Multiplication::run(const Team& team, const Shares& shares) const {
+  if (!shape.arrange) {
+    alignas(64) int32_t acc[tile_sums];
+    alignas(64) float t[tile_sums], factor[tile_sums];
+    return run(team, shares, {.acc = acc, .t = t, .factor = factor, .strips = nullptr, .strip_bytes = 0});
+  }
+  // All that any task can ask for, or the workspace would grow with who takes which.
+  const int64_t sums = largest * group * panel_width * 4, strip_bytes = shape.strip_bytes(static_cast<int>(largest), a.k_padded);
+  uint8_t* const memory = workspace.reserve(2 * sums + ceil_div(strips, blocks) * strip_bytes);
+  run(team, shares, {.acc = reinterpret_cast<int32_t*>(memory), .t = reinterpret_cast<float*>(memory),
+                     .factor = reinterpret_cast<float*>(memory + sums), .strips = memory + 2 * sums, .strip_bytes = strip_bytes});
+}
+
+void Multiplication::run(const Team& team, const Shares& shares, const Room& room) const {
+  int64_t arranged = -1;
   shares.run(team, blocks * spans, [&](int64_t task) {
     const Piece block = piece(strips, task / spans, blocks);
+    if (shape.arrange && task / spans != arranged) arrange(block, room);
+    arranged = task / spans;
     const int64_t begin = task % spans * span, end = std::min(begin + span, groups);
     const Product* product = products.data();
     int64_t first = 0;  // group of the product
@@ -193,7 +230,12 @@ void Multiplication::run(const Team& team, const Shares& shares) const {
       for (int64_t own; g >= first + (own = ceil_div(product->packed->panels(), group)); ++product) first += own;
       const int64_t panel = (g - first) * group;
       const int count = static_cast<int>(std::min(group, product->packed->panels() - panel));
-      for (int64_t i = block.begin; i < block.end; ++i) strip(i, *product, panel, count);
+      for (int64_t i = block.begin; i < block.end; ++i) {
+        const uint8_t* const codes = shape.arrange ? room.strips + (i - block.begin) * room.strip_bytes
+                                                   : static_cast<const uint8_t*>(a.codes) +
+                                                         strip_rows(i).begin * a.ldc * a.code_bytes();
+        strip(i, *product, panel, count, codes, room);
+      }
     }
   });
 }

@@ -53,9 +53,20 @@ class Multiplication {
   void run(const Team& team, const Shares& shares) const;  // once the rows are quantized
 
  private:
+  // Where a thread computes a tile.
+  struct Room {
+    int32_t* acc;
+    float *t, *factor;
+    uint8_t* strips;  // of a block, for sparse weights
+    int64_t strip_bytes;
+  };
+
   Piece strip_rows(int64_t index) const;
-  void strip(int64_t index, const Product& product, int64_t panel, int panels) const;
-  void tile(const PackedWeight& packed, Piece r, int64_t panel, int panels, EpilogueArgs& e) const;
+  void run(const Team& team, const Shares& shares, const Room& room) const;
+  void arrange(Piece block, const Room& room) const;
+  void strip(int64_t index, const Product& product, int64_t panel, int panels, const void* codes, const Room& room) const;
+  void tile(const PackedWeight& packed, Piece r, int64_t panel, int panels, EpilogueArgs& e, const void* codes,
+            const Room& room) const;
 
   const GemmKernel& kernel;
   const GemmTile& shape;
@@ -63,6 +74,7 @@ class Multiplication {
   const quantize_rows::Args& a;
   const int64_t first_row, rows;
   int64_t panels, work;  // over all products; multiplications
+  int64_t largest;       // rows of a strip
   bool by_rows;
   int64_t strips, steps_per_strip, longer_strips;  // strips of nearly equal height, in the kernel's row steps
   int64_t blocks;                                  // of strips

@@ -7,29 +7,21 @@
 #include "core/check.h"
 #include "core/linear.h"
 #include "core/share.h"
+#include "core/sparse_panel.h"
 
 namespace halfbyte {
 namespace {
 
 constexpr int byte_offset = 128, nibble_offset = 8;
-constexpr int half_panel = panel_width / 2;
-constexpr float high_nibble = 16;  // what channels 16-31 of a panel of nibbles count
 
-float load_float(const void* p, DType type, int64_t i) {
-  if (type == DType::f32) return static_cast<const float*>(p)[i];
-  const uint16_t h = static_cast<const uint16_t*>(p)[i];
-  if (type == DType::bf16) return std::bit_cast<float>(uint32_t{h} << 16);
-  const float magnitude = std::ldexp(static_cast<float>(h & 0x3ff) + ((h >> 10 & 31) ? 1024.0f : 0.0f),
-                                     std::max(h >> 10 & 31, 1) - 25);
-  const float value = (h >> 10 & 31) == 31 ? ((h & 0x3ff) ? NAN : INFINITY) : magnitude;
-  return h & 0x8000 ? -value : value;
-}
+constexpr float high_nibble = 16;  // what channels 16-31 of a panel of nibbles count
 
 int64_t count_groups(const StoredWeight& w) { return w.group ? (w.k + w.group - 1) / w.group : 1; }
 
 void check_weight(const LinearOp& op, const StoredWeight& w) {
   const auto valid = [&](bool ok, const auto&... what) { check(ok, "pack_linear(", op.name, "): ", what...); };
   valid(op.weight_bits <= 8, "takes a float weight: pack_float()");
+  valid(op.layout == Layout::dense, "takes a weight with zeros: pack_sparse()");
   valid(w.n >= 0 && w.k >= 0, "negative shape [", w.n, ", ", w.k, "]");
   valid(w.n == 0 || (w.scale && (w.codes || w.k == 0)), "codes or scale have no memory");
   const int64_t row_bytes = op.weight_bits == 8 ? w.k : (w.k + 1) / 2;
@@ -179,6 +171,16 @@ struct Channel {
 
 }  // namespace
 
+float load_float(const void* p, DType type, int64_t i) {
+  if (type == DType::f32) return static_cast<const float*>(p)[i];
+  const uint16_t h = static_cast<const uint16_t*>(p)[i];
+  if (type == DType::bf16) return std::bit_cast<float>(uint32_t{h} << 16);
+  const float magnitude = std::ldexp(static_cast<float>(h & 0x3ff) + ((h >> 10 & 31) ? 1024.0f : 0.0f),
+                                     std::max(h >> 10 & 31, 1) - 25);
+  const float value = (h >> 10 & 31) == 31 ? ((h & 0x3ff) ? NAN : INFINITY) : magnitude;
+  return h & 0x8000 ? -value : value;
+}
+
 PackedWeight pack_linear(const LinearOp& op, const StoredWeight& w, int threads) {
   check_weight(op, w);
   PackedWeight packed({.op = &op, .n = w.n, .k = w.k, .bits = op.weight_bits, .nf4 = w.nf4, .group = w.group,
@@ -221,7 +223,8 @@ PackedWeight pack_float(const void* weight, DType type, int64_t n, int64_t k, in
 }
 
 void unpack_linear(const PackedWeight& packed, void* codes, int64_t ld) {
-  check(packed.format.bits <= 8, "unpack_linear: a float weight has no codes");
+  check(packed.format.bits <= 8 && packed.format.op->layout == Layout::dense, "unpack_linear: ", packed.format.op->name,
+        " has no dense codes");
   const bool nibbles = packed.format.bits == 4;
   const GroupFormat& groups = packed.format.groups;
   const int64_t per_group = packed.grouped() ? groups.quads : packed.k_padded / quad;

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <new>
+#include <utility>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -75,6 +76,18 @@ PackedWeight::PackedWeight(const WeightFormat& format)
       n_padded(round_up(n, panel_width)),
       k_padded(round_up(k, k_multiple)),
       panel_bytes_(k_padded / quad * line_bytes() + groups() * format.groups.bytes()),
+      stored_(n_padded * k_padded),
       buffer_(n_padded / panel_width * panel_bytes_ + n_padded * 8) {}
+
+PackedWeight::PackedWeight(const WeightFormat& format, std::vector<int64_t> offsets, int64_t stored)
+    : format(format),
+      n(format.n),
+      k(format.k),
+      n_padded(round_up(n, panel_width)),
+      k_padded(round_up(k, k_multiple)),
+      panel_bytes_(0),
+      offsets_(std::move(offsets)),
+      stored_(stored),
+      buffer_(offsets_.back() + n_padded * 8) {}
 
 }  // namespace halfbyte

@@ -10,11 +10,13 @@
 //            that a panel is one stream. k is padded to 64 (one AMX tile row), channels to 32, so no kernel has a tail in
 //            k and every load is whole.
 //   scale    [n_padded] float32
+//            The panels of sparse weights: core/pack_sparse.cpp.
 //   sum      [n_padded], for the zero point of activations: int32 sum of a channel's codes; with groups float32 `total`,
 //            the sum of its weights before `scale`
 #pragma once
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 #include "core/gemm.h"
 
@@ -58,6 +60,8 @@ struct WeightFormat {
 class PackedWeight {
  public:
   explicit PackedWeight(const WeightFormat& format);
+  // Of sparse panels: where each begins, and the last one ends; how many values they hold.
+  PackedWeight(const WeightFormat& format, std::vector<int64_t> offsets, int64_t stored);
 
   const WeightFormat format;
   const int64_t n, k, n_padded, k_padded;
@@ -69,13 +73,19 @@ class PackedWeight {
   int64_t panels() const { return n_padded / panel_width; }
   int64_t panel_bytes() const { return panel_bytes_; }
   int64_t nbytes() const { return buffer_.size(); }
-  uint8_t* panel(int64_t index) const { return buffer_.data() + index * panel_bytes_; }
+  const int64_t* offsets() const { return offsets_.data(); }  // of sparse panels
+  uint8_t* panel(int64_t index) const {
+    return buffer_.data() + (offsets_.empty() ? index * panel_bytes_ : offsets_[static_cast<size_t>(index)]);
+  }
+  int64_t stored() const { return stored_; }  // values that are multiplied, padding included
   float* scale() const { return reinterpret_cast<float*>(panel(panels())); }
   int32_t* sum() const { return reinterpret_cast<int32_t*>(scale() + n_padded); }
   float* total() const { return scale() + n_padded; }
 
  private:
   const int64_t panel_bytes_;
+  const std::vector<int64_t> offsets_;
+  const int64_t stored_;
   Buffer buffer_;
 };
 

@@ -47,8 +47,8 @@ void run(const Stack& stack, const Call& call) {
     Team alone(0, 1, arrived);
     Shares mine(shares + wanted + team.rank);
     all.run(team, units, [&](int64_t unit) {
-      const int64_t first = unit * per_unit;
-      Runner(stack, call, kernels, first, std::min(per_unit, call.batch - first), sizes, room, alone, mine, team.rank).run();
+      const Piece own = piece(call.batch, unit, units);  // nearly equal: float sums of sparse weights depend on whether rows are few
+      Runner(stack, call, kernels, own.begin, own.end - own.begin, sizes, room, alone, mine, team.rank).run();
     });
   });
 }

@@ -112,6 +112,7 @@ HALFBYTE_INLINE I sub_i(I a, I b) { return _mm256_sub_epi32(a, b); }
 HALFBYTE_INLINE I mul_i(I a, I b) { return _mm256_mullo_epi32(a, b); }
 HALFBYTE_INLINE I max_i(I a, I b) { return _mm256_max_epi32(a, b); }
 HALFBYTE_INLINE I and_i(I a, I b) { return _mm256_and_si256(a, b); }
+HALFBYTE_INLINE I xor_i(I a, I b) { return _mm256_xor_si256(a, b); }
 template <int n>
 HALFBYTE_INLINE I shift_left(I a) { return _mm256_slli_epi32(a, n); }
 template <int n>

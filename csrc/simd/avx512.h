@@ -92,6 +92,7 @@ HALFBYTE_INLINE I sub_i(I a, I b) { return _mm512_sub_epi32(a, b); }
 HALFBYTE_INLINE I mul_i(I a, I b) { return _mm512_mullo_epi32(a, b); }
 HALFBYTE_INLINE I max_i(I a, I b) { return _mm512_max_epi32(a, b); }
 HALFBYTE_INLINE I and_i(I a, I b) { return _mm512_and_si512(a, b); }
+HALFBYTE_INLINE I xor_i(I a, I b) { return _mm512_xor_si512(a, b); }
 template <int n>
 HALFBYTE_INLINE I shift_left(I a) { return _mm512_slli_epi32(a, n); }
 template <int n>

@@ -112,6 +112,7 @@ inline I sub_i(I a, I b) { return static_cast<I>(uint32_t(a) - uint32_t(b)); }
 inline I mul_i(I a, I b) { return static_cast<I>(uint32_t(a) * uint32_t(b)); }
 inline I max_i(I a, I b) { return a > b ? a : b; }
 inline I and_i(I a, I b) { return a & b; }
+inline I xor_i(I a, I b) { return a ^ b; }
 template <int n>
 inline I shift_left(I a) { return static_cast<I>(uint32_t(a) << n); }
 template <int n>

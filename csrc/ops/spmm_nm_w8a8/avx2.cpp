@@ -1,0 +1,19 @@
+// spmm_nm_w8a8 on AVX2: the windows become dense blocks in L1, so that bytes are saved, not time.
+#include "tiles/blocks_avx2.h"
+
+#include "ops/spmm_nm_w8a8/kernel.h"
+
+namespace halfbyte::spmm_nm_w8a8 {
+
+constinit const GemmKernel kernel_avx2 = {
+    .info = {"spmm_nm_w8a8_6x8x4_avx2", "avx2", isa_avx2},
+    .wide = true,
+    .grain = 1 << 17,
+    .grouped = {},
+    .epilogue = avx2::epilogue,
+    .plain = {.mr = avx2::block_rows, .alone = avx2::block_rows, .row_step = 1, .accumulators = 1,
+              .run = avx2::word_window_tile, .arrange = avx2::arrange_words,
+              .strip_bytes = avx2::word_strip_bytes},
+};
+
+}  // namespace halfbyte::spmm_nm_w8a8

@@ -1,0 +1,11 @@
+// The kernels of spmm_unstructured_f32, declared from their list.
+#pragma once
+#include "core/gemm.h"
+
+namespace halfbyte::spmm_unstructured_f32 {
+
+#define KERNEL(isa) extern const GemmKernel kernel_##isa;
+#include "ops/spmm_unstructured_f32/kernels.inc"
+#undef KERNEL
+
+}  // namespace halfbyte::spmm_unstructured_f32

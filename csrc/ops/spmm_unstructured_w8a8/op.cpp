@@ -1,0 +1,22 @@
+// The table of spmm_unstructured_w8a8.
+#include "ops/spmm_unstructured_w8a8/op.h"
+
+#include "core/linear.h"
+#include "ops/spmm_unstructured_w8a8/kernel.h"
+
+namespace halfbyte::spmm_unstructured_w8a8 {
+namespace {
+
+constexpr const GemmKernel* kernels[] = {
+#define KERNEL(isa) &kernel_##isa,
+#include "ops/spmm_unstructured_w8a8/kernels.inc"
+#undef KERNEL
+};
+
+}  // namespace
+
+constinit const LinearOp op = {"spmm_unstructured_w8a8", 8, 8, kernels, Layout::windows};
+
+OpTable table() { return op_table<GemmKernel>(op.name, kernels, &op); }
+
+}  // namespace halfbyte::spmm_unstructured_w8a8
