@@ -89,7 +89,7 @@ void run_linears(std::span<const LinearOutput> outputs, const LinearArgs& args) 
   int64_t columns = 0;
   for (size_t i = 0; i < outputs.size(); ++i) {
     const LinearOutput& out = outputs[i];
-    check(same_codes(*out.packed, *outputs[0].packed), "linears: weight ", i, " quantizes x in another way than weight 0");
+    check(same_codes(*out.packed, *outputs[0].packed), "linears: weight ", i, " is of another op or quantizes x in another way than weight 0");
     LinearArgs own = args;
     own.c = out.c;
     own.ldc = out.ldc;

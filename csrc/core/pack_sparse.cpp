@@ -3,6 +3,7 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <string_view>
 #include <vector>
 
 #include "core/check.h"
@@ -190,6 +191,7 @@ void check_weight(const LinearOp& op, const SparseWeight& w) {
   }
   if (w.of == 0) {
     valid(w.nonzero == 0, "a pattern N:M has an M");
+    valid(op.name != std::string_view("spmm_nm_w8a8"), "needs the pattern N:M");
     return;
   }
   valid(windows && ((w.of == 4 && (w.nonzero == 1 || w.nonzero == 2)) || (w.of == 8 && w.nonzero == 4)), "no kernel for the pattern ",
@@ -218,7 +220,8 @@ int64_t pack_panel(const LinearOp& op, const SparseWeight& w, int64_t first, int
   }
   if (op.weight_bits == 32) return pack_blocks<float, 1, uint32_t>(number, first, w.k, out, [](float v) { return v; });
   return pack_blocks<uint16_t, 1, uint32_t>(number, first, w.k, out, [](float v) {
-    const uint32_t u = std::bit_cast<uint32_t>(v);  // to the nearest bfloat16, half to even
+    const uint32_t u = std::bit_cast<uint32_t>(v);  // to the nearest bfloat16, half to even; NaN stays NaN
+    if ((u & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>(u >> 16 | 0x40);
     return static_cast<uint16_t>((u + 0x7fff + (u >> 16 & 1)) >> 16);
   });
 }

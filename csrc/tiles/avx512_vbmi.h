@@ -16,55 +16,103 @@
 namespace halfbyte::avx512_vbmi {
 namespace {
 
-constexpr int at_once = 12;        // rows
-constexpr int window_mr = 48, windows_at_once = 16, most_lines = 8;
+constexpr int at_once = 12;  // rows
+constexpr int window_mr = 96, windows_at_once = 16;
+constexpr int inline_rows = 4;  // up to so many rows are not worth a detour of the indices through memory
 
-// strip: [window][rows][64]
+// The strips of at most 12 rows that a tile is computed in, of nearly equal height.
+struct Part {
+  int begin, rows;
+};
+inline int parts_of(int rows) { return (rows + at_once - 1) / at_once; }
+inline Part part_of(int rows, int i) {
+  const int parts = parts_of(rows), begin = rows * i / parts;
+  return {begin, rows * (i + 1) / parts - begin};
+}
+
+// strip: part by part, [window][rows of the part][64]
 void arrange_windows(const ArrangeArgs& args) {
   const I flip = _mm512_set1_epi8(-128);
   auto* strip = static_cast<uint8_t*>(args.strip);
-  for (int64_t k = 0; k < args.k_padded; k += window) {
-    for (int r = 0; r < args.rows; ++r, strip += window) {
-      const I x = _mm512_loadu_si512(static_cast<const uint8_t*>(args.a) + r * args.lda + k);
-      _mm512_storeu_si512(strip, _mm512_xor_si512(x, flip));
+  for (int i = 0; i < parts_of(args.rows); ++i) {
+    const Part part = part_of(args.rows, i);
+    const auto* const a = static_cast<const uint8_t*>(args.a) + part.begin * args.lda;
+    for (int64_t k = 0; k < args.k_padded; k += window) {
+      for (int r = 0; r < part.rows; ++r, strip += window) {
+        _mm512_storeu_si512(strip, _mm512_xor_si512(_mm512_loadu_si512(a + r * args.lda + k), flip));
+      }
     }
   }
 }
 
 int64_t window_strip_bytes(int rows, int64_t k_padded) { return rows * k_padded; }
 
+// Of a pattern N:M, for each line of a window: in which bits of its qword the index of a byte begins, and where its group of M.
+template <int nonzero, int of>
+struct Pattern {
+  static constexpr int bits = of == 4 ? 2 : 4, per_line = 8 / bits, count = window / of * nonzero / quad;
+  static constexpr int index_bytes = count / per_line * 64;  // of a window
+  struct Table {
+    alignas(64) uint8_t shift[count][64], group[count][64];
+    constexpr Table() : shift(), group() {
+      for (int v = 0; v < count; ++v) {
+        for (int b = 0; b < 64; ++b) {
+          shift[v][b] = static_cast<uint8_t>(v % per_line * 8 * bits + b % 8 * bits);
+          group[v][b] = static_cast<uint8_t>((v * quad + b % quad) / nonzero * of);
+        }
+      }
+    }
+  };
+  static constexpr Table table{};
+
+  static HALFBYTE_INLINE I at(const uint8_t* index, int v) {
+    const I line = _mm512_loadu_si512(index + v / per_line * 64), shift = _mm512_load_si512(table.shift[v]);
+    const I field = _mm512_and_si512(_mm512_multishift_epi64_epi8(shift, line), _mm512_set1_epi8((1 << bits) - 1));
+    return _mm512_or_si512(field, _mm512_load_si512(table.group[v]));
+  }
+};
+
 // Lines of a half, from some window on.
 struct Lines {
   const uint8_t *counts, *index, *values;
 };
 
-// sums[r][0..15] (+)= the products of `windows` windows of a half. row_bytes: of a window of the strip, all its rows.
 template <int rows>
-void gather(const Lines& from, int64_t windows, const uint8_t* strip, int64_t window_bytes, bool add, int32_t* sums) {
-  constexpr int chains = rows <= 4 ? 2 : 1;  // a product has a latency of four cycles
+HALFBYTE_INLINE void multiply_line(I (&sum)[rows], I at, const uint8_t* values, const I (&x)[rows]) {
+  const I b = _mm512_loadu_si512(values);
+#pragma GCC unroll 12
+  for (int r = 0; r < rows; ++r) dot4(sum[r], _mm512_permutexvar_epi8(at, x[r]), b);
+}
+
+// sums[r][0..15] (+)= the products of `windows` windows of a half. Index: Pattern, or void for bytes.
+template <int rows, class Index>
+void gather(const Lines& from, int64_t windows, const uint8_t* strip, bool add, int32_t* sums) {
+  constexpr int chains = rows <= inline_rows ? 2 : 1;  // a product has a latency of four cycles
   const uint8_t *index = from.index, *values = from.values;
   I sum[chains][rows];
 #pragma GCC unroll 2
   for (int i = 0; i < chains; ++i)
 #pragma GCC unroll 12
     for (int r = 0; r < rows; ++r) sum[i][r] = add && i == 0 ? load_i(sums + r * panel_width) : _mm512_setzero_si512();
-  for (int64_t w = 0; w < windows; ++w, strip += window_bytes) {
+  for (int64_t w = 0; w < windows; ++w, strip += rows * window) {
     I x[rows];
 #pragma GCC unroll 12
     for (int r = 0; r < rows; ++r) x[r] = _mm512_loadu_si512(strip + r * window);
-    int left = from.counts[w];
-    for (; left >= chains; left -= chains, index += 64 * chains, values += 64 * chains) {
-#pragma GCC unroll 2
-      for (int i = 0; i < chains; ++i) {
-        const I at = _mm512_loadu_si512(index + 64 * i), b = _mm512_loadu_si512(values + 64 * i);
-#pragma GCC unroll 12
-        for (int r = 0; r < rows; ++r) dot4(sum[i][r], _mm512_permutexvar_epi8(at, x[r]), b);
+    if constexpr (!__is_same(Index, void)) {
+#pragma GCC unroll 8
+      for (int v = 0; v < Index::count; ++v, values += 64) multiply_line(sum[v % chains], Index::at(index, v), values, x);
+      index += Index::index_bytes;
+    } else {
+      int left = from.counts[w];
+      for (; left >= 2; left -= 2, index += 128, values += 128) {
+        multiply_line(sum[0], _mm512_loadu_si512(index), values, x);
+        multiply_line(sum[chains - 1], _mm512_loadu_si512(index + 64), values + 64, x);
       }
-    }
-    for (; left > 0; --left, index += 64, values += 64) {
-      const I at = _mm512_loadu_si512(index), b = _mm512_loadu_si512(values);
-#pragma GCC unroll 12
-      for (int r = 0; r < rows; ++r) dot4(sum[0][r], _mm512_permutexvar_epi8(at, x[r]), b);
+      if (left > 0) {
+        multiply_line(sum[0], _mm512_loadu_si512(index), values, x);
+        index += 64;
+        values += 64;
+      }
     }
   }
 #pragma GCC unroll 12
@@ -74,68 +122,57 @@ void gather(const Lines& from, int64_t windows, const uint8_t* strip, int64_t wi
   }
 }
 
-using Gather = void (*)(const Lines&, int64_t, const uint8_t*, int64_t, bool, int32_t*);
-constexpr Gather gathers[at_once] = {gather<1>, gather<2>, gather<3>, gather<4>,  gather<5>,  gather<6>,
-                                     gather<7>, gather<8>, gather<9>, gather<10>, gather<11>, gather<12>};
+using Gather = void (*)(const Lines&, int64_t, const uint8_t*, bool, int32_t*);
+template <class Index>
+constexpr Gather few_gathers[inline_rows] = {gather<1, Index>, gather<2, Index>, gather<3, Index>, gather<4, Index>};
+constexpr Gather gathers[at_once] = {gather<1, void>, gather<2, void>, gather<3, void>, gather<4, void>,
+                                     gather<5, void>, gather<6, void>, gather<7, void>, gather<8, void>,
+                                     gather<9, void>, gather<10, void>, gather<11, void>, gather<12, void>};
 
-// Takes the indices of `windows` windows out of their bits.
-void widen(const WindowPanel& panel, const uint8_t* index, int64_t windows, uint8_t* out) {
-  const int bits = static_cast<int>(panel.bits), count = static_cast<int>(panel.per_window), per_line = 8 / bits;
-  const int of = bits == 2 ? 4 : 8, nonzero = count * quad * of / window;
-  I base[most_lines], fields[most_lines];
-  for (int v = 0; v < count; ++v) {
-    alignas(64) uint8_t group[64], shift[64];
-    for (int b = 0; b < 64; ++b) {
-      group[b] = static_cast<uint8_t>((v * quad + b % quad) / nonzero * of);
-      shift[b] = static_cast<uint8_t>(v % per_line * 8 * bits + b % 8 * bits);
-    }
-    base[v] = _mm512_load_si512(group);
-    fields[v] = _mm512_load_si512(shift);
-  }
-  const I mask = _mm512_set1_epi8(static_cast<char>((1 << bits) - 1));
-  for (int64_t w = 0; w < windows; ++w) {
-    for (int v = 0; v < count; ++v, out += 64) {
-      const I line = _mm512_loadu_si512(index + v / per_line * 64);
-      const I field = _mm512_and_si512(_mm512_multishift_epi64_epi8(fields[v], line), mask);
-      _mm512_storeu_si512(out, _mm512_or_si512(field, base[v]));
-    }
-    index += (count + per_line - 1) / per_line * 64;
+// All rows of a tile, the windows from `first` on.
+void gather_rows(const TileArgs& t, const Lines& from, int64_t first, int64_t windows, int half) {
+  for (int i = 0; i < parts_of(t.rows); ++i) {
+    const Part part = part_of(t.rows, i);
+    const uint8_t* const strip = static_cast<const uint8_t*>(t.a) + part.begin * t.quads * quad + first * part.rows * window;
+    gathers[part.rows - 1](from, windows, strip, first > 0, t.acc + part.begin * panel_width + half * half_panel);
   }
 }
 
-// All rows of a tile, strip by strip of at most 12.
-void gather_rows(const TileArgs& t, const Lines& from, int64_t first, int64_t windows, int half) {
-  const int strips = (t.rows + at_once - 1) / at_once;
-  const int64_t window_bytes = int64_t{t.rows} * window;
-  const auto* const strip = static_cast<const uint8_t*>(t.a) + first * window_bytes;
-  for (int i = 0; i < strips; ++i) {
-    const int begin = t.rows * i / strips, end = t.rows * (i + 1) / strips;
-    gathers[end - begin - 1](from, windows, strip + begin * window, window_bytes, first > 0,
-                             t.acc + begin * panel_width + half * half_panel);
+// A half with indices in bits.
+template <class P>
+void pattern_half(const TileArgs& t, Lines from, int64_t windows, int half) {
+  if (t.rows <= inline_rows) {
+    return few_gathers<P>[t.rows - 1](from, windows, static_cast<const uint8_t*>(t.a), false, t.acc + half * half_panel);
   }
+  alignas(64) uint8_t widened[windows_at_once * P::count * 64];
+  int64_t first = 0;
+  do {
+    const int64_t count = windows - first < windows_at_once ? windows - first : windows_at_once;
+    uint8_t* out = widened;
+    for (int64_t w = 0; w < count; ++w, from.index += P::index_bytes) {
+#pragma GCC unroll 8
+      for (int v = 0; v < P::count; ++v, out += 64) _mm512_store_si512(out, P::at(from.index, v));
+    }
+    gather_rows(t, {from.counts, widened, from.values}, first, count, half);
+    from.counts += count;
+    from.values += count * P::count * 64;
+    first += count;
+  } while (first < windows);
 }
 
 void window_tile(const TileArgs& t) {
   const WindowPanel& panel = *reinterpret_cast<const WindowPanel*>(t.b);
   for (int half = 0; half < 2; ++half) {
-    Lines from{t.b + panel.counts[half], t.b + panel.index[half], t.b + panel.lines[half]};
+    const Lines from{t.b + panel.counts[half], t.b + panel.index[half], t.b + panel.lines[half]};
     if (panel.per_window == 0) {
       gather_rows(t, from, 0, panel.windows, half);
-      continue;
+    } else if (panel.bits == 4) {
+      pattern_half<Pattern<4, 8>>(t, from, panel.windows, half);
+    } else if (panel.per_window == 8) {
+      pattern_half<Pattern<2, 4>>(t, from, panel.windows, half);
+    } else {
+      pattern_half<Pattern<1, 4>>(t, from, panel.windows, half);
     }
-    alignas(64) uint8_t widened[windows_at_once * most_lines * 64];
-    const int per_line = 8 / static_cast<int>(panel.bits);
-    const int64_t count = panel.per_window, index_bytes = (count + per_line - 1) / per_line * 64;
-    int64_t first = 0;
-    do {
-      const int64_t windows = panel.windows - first < windows_at_once ? panel.windows - first : windows_at_once;
-      widen(panel, from.index, windows, widened);
-      gather_rows(t, {from.counts, widened, from.values}, first, windows, half);
-      from.counts += windows;
-      from.index += windows * index_bytes;
-      from.values += windows * count * 64;
-      first += windows;
-    } while (first < panel.windows);
   }
 }
 

@@ -11,7 +11,7 @@ constinit const GemmKernel kernel_avx512_vbmi = {
     .grain = 1 << 18,
     .grouped = {},
     .epilogue = avx512_vbmi::epilogue,
-    .plain = {.mr = avx512_vbmi::window_mr, .alone = avx512_vbmi::window_mr, .row_step = 1, .accumulators = 1,
+    .plain = {.mr = avx512_vbmi::window_mr, .alone = avx512_vbmi::window_mr, .row_step = avx512_vbmi::at_once, .accumulators = 1,
               .run = avx512_vbmi::window_tile, .arrange = avx512_vbmi::arrange_windows,
               .strip_bytes = avx512_vbmi::window_strip_bytes, .offset = 128},
 };

@@ -1,4 +1,5 @@
-// spmm_unstructured_f32 on AVX512: 128 rows. Up to four rows: 16 k in the lanes, to which vexpandps moves the values that there are.
+// spmm_unstructured_f32 on AVX512: 128 rows. Up to four rows: of 16 k those that have a weight move together (vcompressps), into the
+// lanes of the weights.
 #include "simd/avx512.h"
 
 #include "simd/epilogue.h"
@@ -9,10 +10,10 @@
 namespace halfbyte::avx512 {
 namespace {
 
-constexpr int expanded_rows = 4;
+constexpr int compressed_rows = 4;
 
 template <int rows>
-void expanded(const TileArgs& t) {
+void compressed(const TileArgs& t) {
   const auto* const x = static_cast<const float*>(t.a);
   const int64_t k_padded = t.quads * quad, blocks = k_padded / window;
   MaskStream streams[max_panels];
@@ -31,13 +32,13 @@ void expanded(const TileArgs& t) {
 #pragma GCC unroll 4
         for (int part = 0; part < window / width; ++part) {
           const auto lanes = static_cast<__mmask16>(mask >> part * width);
-          const F w = _mm512_maskz_expand_ps(lanes, _mm512_loadu_ps(value));
+          const F w = _mm512_loadu_ps(value);  // beyond the count, finite weights meet zeros
           value += __builtin_popcount(lanes);
 #pragma GCC unroll 4
           for (int r = 0; r < rows; ++r) {
-            // Where there is no weight, x may be infinite.
-            const F y = _mm512_maskz_loadu_ps(lanes, x + r * k_padded + b * window + part * width);
-            sum[r] = fma(w, y, sum[r]);
+            F y = _mm512_loadu_ps(x + r * k_padded + b * window + part * width);
+            asm("" : "+v"(y));  // from memory the instruction takes much longer
+            sum[r] = fma(w, _mm512_maskz_compress_ps(lanes, y), sum[r]);
           }
         }
 #pragma GCC unroll 4
@@ -52,15 +53,15 @@ void expanded(const TileArgs& t) {
   }
 }
 
-constexpr void (*expanded_tiles[expanded_rows])(const TileArgs&) = {expanded<1>, expanded<2>, expanded<3>, expanded<4>};
+constexpr void (*compressed_tiles[compressed_rows])(const TileArgs&) = {compressed<1>, compressed<2>, compressed<3>, compressed<4>};
 
 void mask_tile(const TileArgs& t) {
-  if (t.all_rows <= expanded_rows) return expanded_tiles[t.rows - 1](t);
+  if (t.all_rows <= compressed_rows) return compressed_tiles[t.rows - 1](t);
   mask_tiles[mask_lanes(t.rows) / width - 1](t);
 }
 
 void arrange(const ArrangeArgs& args) {
-  if (args.all_rows > expanded_rows) return arrange_units<1, 0>(args, mask_lanes(args.rows));
+  if (args.all_rows > compressed_rows) return arrange_units<1, 0>(args, mask_lanes(args.rows));
   for (int r = 0; r < args.rows; ++r) {
     __builtin_memcpy(static_cast<float*>(args.strip) + r * args.k_padded, static_cast<const float*>(args.a) + r * args.lda,
                      static_cast<size_t>(args.k_padded) * sizeof(float));

@@ -5,8 +5,8 @@
 //   c[m][n] = cast(activation(t + bias[n]) + residual[m][n])
 //
 // |t - exact| <= K 2^-24 (1 + 2^-10) sum_k |a w| for K < 2^14 (Higham 2002, section 3.1). 
-// In the order of k; but on AVX512 with up to four rows in 16 sums, of every sixteenth k each, whose halves are added until one is
-// left: so a call of up to four rows may differ in the last bits from the same rows in a larger one. Independent of threads.
+// In the order of k; but on AVX512 with up to four rows in 16 sums, whose halves are added until one is left: so a call of up to
+// four rows may differ in the last bits from the same rows in a larger one. Independent of threads.
 #pragma once
 
 namespace halfbyte {
