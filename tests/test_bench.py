@@ -15,7 +15,7 @@ import pytest
 
 import halfbyte as hb
 from halfbyte import dispatch, extras
-from halfbyte.bench import engine, footprint, linear, machine, peers, render
+from halfbyte.bench import contest, engine, footprint, linear, machine, peers, render
 from halfbyte.cli import main
 
 FAST = ["--rounds", "3", "--round-ms", "1"]
@@ -173,7 +173,7 @@ def test_a_forced_isa_is_what_ran(isa):
     (shape,) = linear.run(settings)["results"]
     with hb.force_isa(isa):
         assert shape["kernel"] == linear.kernel_name("w8a8")
-    assert shape["ceilings"]["isa"] == linear.kernel_isa(shape["kernel"])
+    assert shape["ceilings"]["isa"] == contest.kernel_isa(shape["kernel"])
     assert (shape["ceilings"]["int8"] is None) == (shape["ceilings"]["isa"] == "scalar")
 
 

@@ -21,15 +21,17 @@ MACHINES = {
     "Haswell, Zen 1-3": ["scalar", "avx2"],
     "Alder Lake": ["scalar", "avx2", "avx_vnni"],
     "Skylake-X": ["scalar", "avx2", "avx512"],
-    "Ice Lake, Zen 4": ["scalar", "avx2", "avx512", "avx512_vnni"],
-    "Zen 5": ["scalar", "avx2", "avx_vnni", "avx512", "avx512_vnni"],
-    "Sapphire Rapids": ["scalar", "avx2", "avx_vnni", "avx512", "avx512_vnni", "amx_int8"],
+    "Cascade Lake": ["scalar", "avx2", "avx512", "avx512_vnni"],
+    "Ice Lake, Zen 4": ["scalar", "avx2", "avx512", "avx512_vnni", "avx512_vbmi"],
+    "Zen 5": ["scalar", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_vbmi"],
+    "Sapphire Rapids": ["scalar", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_vbmi", "amx_int8"],
 }
 PRODUCTS = {
     "any x86-64": "scalar",
     "Haswell, Zen 1-3": "avx2",
     "Alder Lake": "avx_vnni",
     "Skylake-X": "avx2",
+    "Cascade Lake": "avx512_vnni",
     "Ice Lake, Zen 4": "avx512_vnni",
     "Zen 5": "avx512_vnni",
     "Sapphire Rapids": "amx_int8",
@@ -39,10 +41,13 @@ FLOATS = {
     "Haswell, Zen 1-3": "avx2",
     "Alder Lake": "avx2",
     "Skylake-X": "avx512",
+    "Cascade Lake": "avx512",
     "Ice Lake, Zen 4": "avx512",
     "Zen 5": "avx512",
     "Sapphire Rapids": "avx512",
 }
+BLOCKS = PRODUCTS | {"Sapphire Rapids": "avx512_vnni"}
+WINDOWS = BLOCKS | dict.fromkeys(("Ice Lake, Zen 4", "Zen 5", "Sapphire Rapids"), "avx512_vbmi")
 GOLDEN = {
     "linear_w8a8": PRODUCTS,
     "linear_w4a8": PRODUCTS,
@@ -54,6 +59,12 @@ GOLDEN = {
     "rope": FLOATS,
     "attention": FLOATS,
     "linear_f32": FLOATS,
+    "spmm_block_w8a8": BLOCKS,
+    "spmm_nm_w8a8": WINDOWS,
+    "spmm_unstructured_w8a8": WINDOWS,
+    "spmm_block_f32": FLOATS,
+    "spmm_block_bf16": FLOATS,
+    "spmm_unstructured_f32": FLOATS,
 }
 
 

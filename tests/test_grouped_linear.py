@@ -14,7 +14,7 @@ from torch import nn
 
 import halfbyte as hb
 from corecall import same
-from halfbyte import qlinear
+from halfbyte import packed_layer, qlinear
 from halfbyte.reference import linear_ref
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -68,7 +68,7 @@ def test_forward(scheme, method, dtype):
 def test_the_short_way_is_taken(scheme, method, monkeypatch):
     layer, x = make(scheme, method), torch.randn(3, K)
     layer(x)
-    monkeypatch.setattr(qlinear, "run_linear", None)
+    monkeypatch.setattr(packed_layer, "run_linear", None)
     monkeypatch.setattr(qlinear, "linear", None)
     for other in (x, torch.randn(K), torch.randn(2, 3, K).bfloat16()):
         same(layer(other), want(layer, other))

@@ -260,8 +260,8 @@ EDITS = {
     "no kind": (lambda t: t["layers"]["one"].pop("kind"), "lacks 'kind'"),
     "other kind": (lambda t: t["layers"]["one"].update(kind="conv"), "the kind 'conv'"),
     "newer version": (
-        lambda t: t.update(version=3, halfbyte_version="7.1"),
-        "version 3, written by halfbyte 7.1.*upgrade",
+        lambda t: t.update(version=4, halfbyte_version="7.1"),
+        "version 4, written by halfbyte 7.1.*upgrade",
     ),
     "no version": (lambda t: t.pop("version"), "damaged"),
     "version zero": (lambda t: t.update(version=0), "damaged"),

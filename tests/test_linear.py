@@ -14,7 +14,7 @@ from torch import nn
 
 import halfbyte as hb
 from corecall import same
-from halfbyte import _core, qlinear
+from halfbyte import _core, packed_layer, qlinear
 from halfbyte.reference import linear_ref
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -57,7 +57,7 @@ def test_forward(shape, bias, dtype):
 def test_the_short_way_is_taken(monkeypatch):
     layer, x = make(), torch.randn(3, 70)
     layer(x)
-    monkeypatch.setattr(qlinear, "run_linear", None)
+    monkeypatch.setattr(packed_layer, "run_linear", None)
     monkeypatch.setattr(qlinear, "linear", None)
     for other in (x, torch.randn(70), torch.randn(2, 3, 70).bfloat16(), torch.randn(2, 1, 3, 70)):
         same(layer(other), want(layer, other))

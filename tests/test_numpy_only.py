@@ -61,6 +61,31 @@ print("right on", packed.kernel, *sorted(ran))
 """
 
 
+SPARSE_ON_NUMPY = """
+import sys
+import numpy as np
+import halfbyte as hb
+rng = np.random.default_rng(5)
+for m, n, k in ((1, 1, 1), (13, 33, 70), (40, 97, 129)):
+    w, x = rng.standard_normal((n, k), np.float32), rng.standard_normal((m, k), np.float32)
+    w *= np.arange(k) % 4 < 2
+    dense = hb.linear(x, hb.pack(hb.quantize(w)))
+    for pattern in ("2:4", "4:8", "block16x4", "unstructured"):
+        sparse = hb.sparsify(w, "w8a8+" + pattern)
+        assert isinstance(sparse.values, np.ndarray)
+        assert np.array_equal(hb.linear(x, hb.pack(sparse)), dense), pattern
+    for pattern in ("2:4", "block16x1", "unstructured"):
+        sparse = hb.sparsify(w, "f32+" + pattern)
+        assert np.array_equal(sparse.to_dense(), w)
+        assert np.allclose(hb.linear(x, hb.pack(sparse)), x @ w.T, rtol=1e-4, atol=1e-4), pattern
+try:
+    hb.sparsify(w + 1, "w8a8+1:4")
+except hb.PatternError:
+    assert "torch" not in sys.modules
+    print("right")
+"""
+
+
 def run_numpy_only(code: str, *prefix: str, env: dict | None = None) -> subprocess.CompletedProcess:
     setup = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
     return subprocess.run(
@@ -74,6 +99,11 @@ def test_linear_on_numpy_without_torch():
     assert done.stdout.startswith("right on linear_w8a8_")
     for op in ("linear_w4a8", "linear_w8a16", "linear_w4a16"):
         assert op in done.stdout
+
+
+def test_sparse_on_numpy_without_torch():
+    done = run_numpy_only(BLOCK_TORCH + SPARSE_ON_NUMPY)
+    assert (done.returncode, done.stdout) == (0, "right\n"), done.stderr
 
 
 def test_import_does_not_load_torch():

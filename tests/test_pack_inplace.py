@@ -17,7 +17,7 @@ from corecall import same
 from halfbyte import _core
 from halfbyte.bench import footprint
 from halfbyte.pack_inplace import freed_bytes, is_freed
-from halfbyte.qlinear import held
+from halfbyte.packed_layer import held
 from halfbyte.torch_ops import linear
 from test_linear import CHANGES, twice, want
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from halfbyte import Scheme
-from halfbyte.bench import linear, peers
+from halfbyte.bench import contest, linear, peers
 from halfbyte.bench.peers import grouped
 
 SCHEMES = ["w8a8", "w8a16", "w4a8_g32", "w4a8_g128", "w4a16_g64"]
@@ -36,7 +36,7 @@ def test_peers_compute_the_same_layer(scheme, name):
             layer = peers.build(name, task)
         except peers.UnavailableError as error:
             pytest.skip(str(error))
-        error = linear.relative_error(layer.output(), exact)
+        error = contest.relative_error(layer.output(), exact)
         assert error < (0.15 if scheme.startswith("w4") and name in peers.QUANTIZED_PEERS else 0.03)
         assert len(layer.calls) * layer.weight_bytes > task.cold_bytes
         for call in layer.calls:

@@ -21,9 +21,10 @@ from halfbyte import _core
 OPS = sorted(path.name for path in (ROOT / "csrc/ops").iterdir())
 ISAS = re.findall(r"^\s*set\(HALFBYTE_FLAGS_(\w+)", (ROOT / "csrc/isa.cmake").read_text(), re.MULTILINE)
 LISTS = sorted(path.parent for path in (ROOT / "csrc").rglob("kernels.inc"))
-LINEAR = [op for op in OPS if op.startswith("linear_")]
-QUANTIZED = [op for op in LINEAR if op != "linear_f32"]  # the linear ops that schemes name
-TILES = sorted((ROOT / "csrc/tiles").iterdir())
+SPARSE = [op for op in OPS if op.startswith("spmm_")]
+QUANTIZED = [op for op in OPS if op.startswith("linear_") and op != "linear_f32"]  # that schemes name
+LINEAR = [*QUANTIZED, "linear_f32", *SPARSE]
+TILES = sorted((ROOT / "csrc/tiles").glob("*.*"))
 ISA_FILES = sorted(path for folder in LISTS for path in folder.glob("*.cpp") if path.stem in ISAS)
 TEXT = {".py", ".pyi", ".h", ".cpp", ".inc", ".cmake", ".md", ".toml", ".txt", ""}
 
@@ -81,8 +82,10 @@ def test_an_op_has_all_its_parts(op):
 
 def test_each_scheme_has_its_op_and_each_quantized_op_its_schemes():
     from halfbyte.scheme import NAMES
+    from halfbyte.sparse.scheme import NAMES as SPARSE_NAMES
 
     assert {hb.Scheme.parse(name).op for name in NAMES} == set(QUANTIZED)
+    assert {hb.SparseScheme.parse(name).op for name in SPARSE_NAMES} == set(SPARSE)
 
 
 def test_quantized_ops_have_the_kernels_of_the_tiles():

@@ -165,7 +165,7 @@ void Multiplication::strip(int64_t index, const Product& product, int64_t panel,
   EpilogueArgs e = out;
   e.rows = static_cast<int>(r.end - r.begin);
   e.columns = static_cast<int>(std::min<int64_t>(product.packed->n - column, int64_t{panels} * panel_width));
-  if (product.far) {
+  if (product.far && !shape.arrange) {  // the tiles of sparse weights are wide: the hardware sees a row coming
     // The lines of C come in while the tile multiplies; the epilogue's stores would wait for them.
     for (int i = 0; i < e.rows; ++i) {
       for (int64_t j = 0; j < e.columns * c_bytes; j += 64) __builtin_prefetch(c + i * out.ldc * c_bytes + j, 1, 2);

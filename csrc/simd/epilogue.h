@@ -84,8 +84,12 @@ HALFBYTE_INLINE void finish_columns(const EpilogueArgs& e, int column, int n) {
   }
 }
 
+// Rows a multiple of 4096 bytes apart share the sets of L1: more of them than it has ways, and every line that is written goes
+// out before its neighbor comes in. In strips of these many the lines of a row that come next stay.
+constexpr int rows_together = 8, many_rows = 16;
+
 template <Activation A, DType C, bool grouped, bool has_bias>
-void finish_tile(const EpilogueArgs& args) {
+void finish_rows(const EpilogueArgs& args) {
   const EpilogueArgs e = args;  // a copy, or the compiler must think that a store to c changes it
   constexpr int at_once = width == 1 ? 1 : 2;
   int column = 0;
@@ -94,6 +98,26 @@ void finish_tile(const EpilogueArgs& args) {
   }
   for (; column + width <= e.columns; column += width) finish_columns<A, C, grouped, has_bias, true, 1>(e, column, width);
   if (column < e.columns) finish_columns<A, C, grouped, has_bias, false, 1>(e, column, e.columns - column);
+}
+
+template <Activation A, DType C, bool grouped, bool has_bias>
+void finish_tile(const EpilogueArgs& args) {
+  if (args.rows <= many_rows) return finish_rows<A, C, grouped, has_bias>(args);
+  EpilogueArgs e = args;
+  const auto bytes_of = [](DType type) { return type == DType::f32 || type == DType::i32 ? 4 : 2; };
+  for (int left = args.rows; left > 0; left -= rows_together) {
+    e.rows = left < rows_together ? left : rows_together;
+    finish_rows<A, C, grouped, has_bias>(e);
+    const int64_t sums = rows_together * e.acc_stride;
+    e.acc += sums;
+    if (e.t) e.t += sums;
+    if (e.a_scale) e.a_scale += rows_together;
+    if (e.a_zero) e.a_zero += rows_together;
+    if (e.a_sum) e.a_sum += rows_together;
+    if (e.factor) e.factor += rows_together * e.factor_stride;
+    e.c = static_cast<char*>(e.c) + rows_together * e.ldc * bytes_of(e.c_type);
+    if (e.residual) e.residual = static_cast<const char*>(e.residual) + rows_together * e.ldr * bytes_of(e.residual_type);
+  }
 }
 
 template <Activation A, DType C, bool grouped>

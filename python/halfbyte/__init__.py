@@ -18,6 +18,7 @@ from .errors import (
     IsaError,
     ModelError,
     NonFiniteError,
+    PatternError,
     SchemeError,
     ShapeError,
 )
@@ -27,6 +28,8 @@ from .pack import PackedWeight, pack
 from .quantize import RowQuantized, dequantize, quantize, quantize_rows
 from .quantized_tensor import QuantizedTensor
 from .scheme import Scheme
+from .sparse.scheme import SparseScheme
+from .sparse.tensor import SparseTensor, sparsify
 
 __version__: str = _core.build_info()["version"]
 
@@ -35,6 +38,7 @@ __version__: str = _core.build_info()["version"]
 _NEED_TORCH = {
     "QEmbedding": "embedding",
     "QLinear": "qlinear",
+    "SparseLinear": "sparse.linear",
     "quantize_": "convert",
     "quantize_dynamic": "convert",
     "calibrate": "calibration",
@@ -55,6 +59,11 @@ _NEED_TORCH = {
     "Summary": "report",
     "profile": "profiling",
     "Profile": "profiling",
+    "sparsify_": "sparse.convert",
+    "prune_": "pruning",
+    "PruneSchedule": "pruning",
+    "remove_masks_": "pruning",
+    "sparsity": "pruning",
 }
 
 __all__ = [
@@ -66,12 +75,15 @@ __all__ = [
     "ModelError",
     "NonFiniteError",
     "PackedWeight",
+    "PatternError",
     "QuantizedKV",
     "QuantizedTensor",
     "RowQuantized",
     "Scheme",
     "SchemeError",
     "ShapeError",
+    "SparseScheme",
+    "SparseTensor",
     "__version__",
     "attention",
     "cpu_features",
@@ -93,6 +105,7 @@ __all__ = [
     "rmsnorm_quantize",
     "rope",
     "set_num_threads",
+    "sparsify",
     *_NEED_TORCH,
 ]
 

@@ -19,6 +19,8 @@ class PackedWeight:
     def group(self) -> int: ...
     @property
     def activation_group(self) -> int: ...
+    @property
+    def stored(self) -> int: ...
 
 def cpu_features() -> dict[str, bool]: ...
 def kernels() -> list[dict[str, str | bool]]: ...
@@ -62,6 +64,18 @@ def pack_linear(
     minimum: int = 0,
     nf4: bool = False,
     activation_group: int = 0,
+    threads: int = 0,
+) -> PackedWeight: ...
+def pack_sparse(
+    op: str,
+    weight: int,
+    dtype: int,
+    n: int,
+    k: int,
+    ld: int,
+    scale: int = 0,
+    nonzero: int = 0,
+    of: int = 0,
     threads: int = 0,
 ) -> PackedWeight: ...
 def unpack_linear(packed: PackedWeight, codes: int, ld_bytes: int) -> None: ...
@@ -203,7 +217,7 @@ def attention(
 ) -> None: ...
 
 class LinearPlan:
-    """The short way of QLinear.forward: checks, output and kernel in one call; None where it does not apply.
+    """The short way of PackedLayer.forward: checks, output and kernel in one call; None where it will not do.
 
     watched: entries as Watch takes them; what has changed makes the plan stale. recorders: functions that
     return something true while a mode or a tracer has to see the call. forward_ad: the variables of

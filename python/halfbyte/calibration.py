@@ -17,28 +17,29 @@ from torch import Tensor, nn
 
 from .errors import ModelError, NonFiniteError
 from .modules import check_module
-from .qlinear import INPUT_BUFFERS, QLinear, held
+from .packed_layer import INPUT_BUFFERS, PackedLayer, held
 from .quantize import TINY
 
 
 @contextmanager
 def calibrate(model: nn.Module, observer: str = "minmax", percentile: float = 99.99) -> Iterator[nn.Module]:
-    """Run typical inputs through `model` within the block; at its end every QLinear that ran becomes static.
+    """Run typical inputs through `model` within the block; at its end every QLinear that ran becomes static,
+    and every SparseLinear of int8 weights.
 
     A static layer quantizes all inputs with one scale and zero point, which saves the pass that finds them
     per token and costs accuracy where tokens differ. Within the block layers are dynamic. Layers whose scheme
-    scales activations per group of features (a16, +ag) are left out.
+    scales activations per group of features (a16, +ag) or takes floats (sparse f32, bf16) are left out.
 
     observer: "minmax", "percentile" (the range that holds the central `percentile` percent of the values), or
     "mse" (the range of least squared error). Clipping hurts models with outlier features, as transformers
     have: compare before you choose. Layers that did not run keep what they had, and are named in a warning;
     after an exception, every layer does.
 
-    Raises ModelError for a model without a QLinear that can become static, ValueError for an unknown observer
+    Raises ModelError for a model without a layer that can become static, ValueError for an unknown observer
     or percentile, NonFiniteError naming the layer when an input holds a NaN or an infinity.
     """
     check_module(model, "calibrate")
-    quantized = {name: module for name, module in model.named_modules() if isinstance(module, QLinear)}
+    quantized = {name: module for name, module in model.named_modules() if isinstance(module, PackedLayer)}
     if not quantized:
         raise ModelError(
             f"this {type(model).__name__} has no quantized layer to calibrate; call halfbyte.quantize_ first"
@@ -47,8 +48,8 @@ def calibrate(model: nn.Module, observer: str = "minmax", percentile: float = 99
     if not layers:
         schemes = ", ".join(sorted({str(module.scheme) for module in quantized.values()}))
         raise ModelError(
-            f"the layers of this {type(model).__name__} have the scheme {schemes}, whose activations have "
-            "scales per group of features: there is nothing to calibrate"
+            f"the layers of this {type(model).__name__} have the scheme {schemes}, whose activations have no "
+            "scale per token but scales per group of features, or none: there is nothing to calibrate"
         )
     if not 0 < percentile <= 100:
         raise ValueError(f"percentile is {percentile}; it must be above 0 and at most 100")
@@ -76,12 +77,12 @@ def calibrate(model: nn.Module, observer: str = "minmax", percentile: float = 99
 
 
 def decalibrate_(model: nn.Module) -> nn.Module:
-    """Make every QLinear of `model` dynamic again, in place: a scale and zero point per token. Returns the
+    """Make every layer of `model` dynamic again, in place: a scale and zero point per token. Returns the
     model.
     """
     check_module(model, "decalibrate_")
     for module in model.modules():
-        if isinstance(module, QLinear):
+        if isinstance(module, PackedLayer):
             module.static = None
     return model
 
@@ -98,7 +99,7 @@ def static_range(low: float, high: float) -> tuple[float, int]:
     return float(scale), int(zero)
 
 
-def _watch(observer: _MinMax, name: str, layer: QLinear, args: tuple, kwargs: dict) -> None:
+def _watch(observer: _MinMax, name: str, layer: PackedLayer, args: tuple, kwargs: dict) -> None:
     x = args[0] if args else kwargs.get("x")
     if not isinstance(x, Tensor) or x.numel() == 0:  # the layer itself explains what is wrong with it
         return

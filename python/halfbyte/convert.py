@@ -9,7 +9,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ from .errors import DTypeError, ModelError, SchemeError
 from .modules import (
     check_module,
     extra_attributes,
+    float_bias,
+    float_weight,
     is_embedding,
     is_linear,
     join,
@@ -27,13 +29,17 @@ from .modules import (
     replace,
     shape_of,
     sites,
+    weight_parameter,
 )
+from .packed_layer import PackedLayer
 from .qlinear import QLinear
 from .quantize import QuantizedTensor, quantize
 from .rules import Decision, Patterns, Rules, Schemes
 from .scheme import Scheme
 from .search import METHODS
+from .sparse.linear import SparseLinear
 
+T = TypeVar("T")
 Decide = Callable[[list[str], nn.Module], Decision | None]
 
 
@@ -55,6 +61,8 @@ def quantize_(
     scheme: one scheme, or {pattern: scheme or None}, of which the first pattern that fits a layer's name
     decides and the key "_default" the layers that none fits (None, and an absent "_default": stays float).
     Patterns are fnmatch globs, or regular expressions after "re:", matched against the whole dotted name.
+    A pruned layer, with masks of torch.nn.utils.prune, is quantized as it is used; masks and hooks go. Zeros
+    stay zeros in schemes without +asym.
     include, exclude: patterns that a layer must, or must not, fit. A layer that the model holds under several
     names fits where one of them does.
     method: how codes and scales are found, as `quantize` takes it. "hqq" goes to the layers whose scheme it
@@ -144,7 +152,8 @@ def quantize_dynamic(
 
     if not inplace:
         # A weight that nothing float holds: no reason says that it is shared.
-        gone = [layer.module.weight for layer in _choose(model, decide)[0] if not layer.decision.reason]
+        chosen = [layer.module for layer in _choose(model, decide)[0] if not layer.decision.reason]
+        gone = [tensor for module in chosen for tensor in (weight_parameter(module), module.weight)]
         model = copy.deepcopy(model, {id(weight): weight for weight in gone})
     return _convert(model, *_choose(model, decide), progress=True)
 
@@ -165,23 +174,25 @@ class _Layer:
 
     @property
     def weight(self) -> Tensor:
-        """[n, k], a view."""
-        return self.module.weight.t() if self.is_conv1d else self.module.weight
+        """[n, k], the masks of torch.nn.utils.prune applied."""
+        weight = float_weight(self.module)
+        return weight.t() if self.is_conv1d else weight
 
     @property
     def codes_key(self) -> tuple:
         """Layers with the same key have the same codes."""
-        s = self.decision.scheme
-        return id(self.module.weight), self.is_conv1d, s.weight_bits, s.group, s.asym, s.nf4
+        s, mask = self.decision.scheme, self.module._buffers.get("weight_mask")
+        weight = id(weight_parameter(self.module)), id(mask)
+        return *weight, self.is_conv1d, s.weight_bits, s.group, s.asym, s.nf4
 
     def row(self) -> dict[str, Any]:
-        row = _row(self.name, self.module, bool(self.decision.scheme), self.decision.reason)
+        action = "quantized" if self.decision.scheme else "float"
+        row = report_row(self.name, self.module, action, self.decision.reason)
         return row | ({"tied_to": self.tied_to} if self.tied_to and self.decision.scheme else {})
 
 
-def _row(name: str, module: nn.Module, quantized: bool, reason: str) -> dict[str, Any]:
-    """A row of the report."""
-    action = "quantized" if quantized else "float"
+def report_row(name: str, module: nn.Module, action: str, reason: str) -> dict[str, Any]:
+    """A row of the report. action: "quantized", "sparse" or "float"."""
     return {"name": name, "shape": shape_of(module), "action": action, "reason": reason}
 
 
@@ -189,7 +200,7 @@ def _names(model: nn.Module) -> tuple[list[str], list[str]]:
     """All names of the linear layers, and of the embeddings, quantized or not."""
     linear, embeddings = [], []
     for names, module, _ in sites(model):
-        if isinstance(module, QLinear) or is_linear(module):
+        if isinstance(module, PackedLayer) or is_linear(module):
             linear += names
         elif isinstance(module, QEmbedding | nn.Embedding):
             embeddings += names
@@ -209,11 +220,11 @@ def _convert(
     methods = _methods({layer.decision.scheme for layer in chosen}, method)
     # Float weights go as their codes come, so that the model shrinks while it is converted; what can fail has
     # to fail before the first of them goes. The rehearsal makes the codes of every layer and drops them.
-    for layer in _tracked(chosen, "check", progress):
+    for layer in tracked(chosen, "check", progress):
         _make(layer, "absmax")
     codes: dict[tuple, QuantizedTensor] = {}
-    with _uninterrupted():
-        for layer in _tracked(chosen, "quantize", progress):
+    with uninterrupted():
+        for layer in tracked(chosen, "quantize", progress):
             old, key = layer.module, layer.codes_key
             new = _make(layer, methods[layer.decision.scheme], codes.get(key))
             codes[key] = new.quantized
@@ -254,11 +265,13 @@ def _find(model: nn.Module, decide: Decide) -> tuple[list[_Layer], list[dict]]:
                 decision = Decision(None, reason)
             layers.append(_Layer(name, module, places, decision))
         elif isinstance(module, QLinear | QEmbedding):
-            report.append(_row(name, module, True, "was quantized before"))
+            report.append(report_row(name, module, "quantized", "was quantized before"))
+        elif isinstance(module, SparseLinear):
+            report.append(report_row(name, module, "sparse", "was made sparse before"))
         elif isinstance(module, nn.Linear | nn.Embedding) and decide(names, module) is not None:
             base = nn.Linear if isinstance(module, nn.Linear) else nn.Embedding
             reason = f"{type(module).__name__} is a subclass of nn.{base.__name__}"
-            report.append(_row(name, module, False, reason))
+            report.append(report_row(name, module, "float", reason))
     return layers, report
 
 
@@ -275,11 +288,12 @@ def _settle_ties(model: nn.Module, layers: list[_Layer]) -> None:
     for layer in layers:
         if layer.decision.scheme is None:
             continue
-        holders = float_holders.get(id(layer.module.weight))
+        weight = id(weight_parameter(layer.module))
+        holders = float_holders.get(weight)
         if holders and not layer.decision.asked:
             layer.decision = Decision(None, f"shares its weight with {', '.join(holders)}, which stays float")
             continue
-        other = first.setdefault(id(layer.module.weight), layer)
+        other = first.setdefault(weight, layer)
         if holders:
             note, layer.tied_to = f"no longer shares its weight with {', '.join(holders)}", holders[0]
             layer.decision = dataclasses.replace(layer.decision, reason=note)
@@ -301,9 +315,9 @@ def _make(layer: _Layer, method: str | None, q: QuantizedTensor | None = None) -
     if is_embedding(old):
         new = QEmbedding(q, padding_idx=old.padding_idx, **options)
     else:
-        if old.bias is not None:
-            check_vector(kind_of(q.codes, name), old.bias, q.shape[0], join(layer.name, "bias"), name)
-        new = QLinear(q, old.bias, **options)
+        if (bias := float_bias(old)) is not None:
+            check_vector(kind_of(q.codes, name), bias, q.shape[0], join(layer.name, "bias"), name)
+        new = QLinear(q, bias, **options)
     for attribute, value in extra_attributes(old).items():
         if not hasattr(new, attribute):
             setattr(new, attribute, value)
@@ -311,7 +325,7 @@ def _make(layer: _Layer, method: str | None, q: QuantizedTensor | None = None) -
 
 
 @contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
+def uninterrupted() -> Iterator[None]:
     """Ctrl-C within the block takes effect at its end."""
     main = threading.current_thread() is threading.main_thread()  # the only one that Python interrupts
     previous = signal.getsignal(signal.SIGINT) if main else None
@@ -328,7 +342,7 @@ def _uninterrupted() -> Iterator[None]:
         signal.raise_signal(signal.SIGINT)
 
 
-def _tracked(layers: list[_Layer], what: str, wanted: bool) -> Iterator[_Layer]:
+def tracked(layers: list[T], what: str, wanted: bool) -> Iterator[T]:
     """The layers, with a bar on a terminal once the work has lasted for a second.
 
     Nothing that happens to the bar is an error: it must not end the replacement in its middle.

@@ -14,7 +14,8 @@ from .arrays import float_code, kind_of
 from .dispatch import isa_errors
 from .errors import DTypeError, HalfbyteError, ModelError
 from .modules import embedding_obstacle
-from .qlinear import WEIGHT_BUFFERS, counting, note_scheme, other_format, recorded
+from .packed_layer import counting, note_scheme, recorded
+from .qlinear import WEIGHT_BUFFERS, other_format
 from .quantize import QuantizedTensor, quantize
 from .quantized_tensor import PARTS
 from .scheme import Scheme
@@ -92,6 +93,15 @@ class QEmbedding(nn.Module):
     def weight(self) -> WeightView:
         """Stands for the dequantized table, for code that reads `embedding.weight`."""
         return WeightView(self)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the table is."""
+        return self.weight_scale.device
+
+    def dequantize(self) -> Tensor:
+        """The table that the codes stand for: float32 [rows, embedding_dim]."""
+        return self.quantized.dequantize()
 
     def forward(self, ids: Tensor) -> Tensor:
         """The rows [..., embedding_dim] of ids [...].

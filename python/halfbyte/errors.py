@@ -11,6 +11,10 @@ class SchemeError(HalfbyteError, ValueError):
     """A quantization scheme that does not parse, or that no kernel runs."""
 
 
+class PatternError(HalfbyteError, ValueError):
+    """Zeros or indices that are not those of a sparse pattern; the message says where."""
+
+
 class DTypeError(HalfbyteError, TypeError):
     """An argument of a type or dtype that the operation does not take."""
 

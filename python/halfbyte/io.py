@@ -1,4 +1,4 @@
-"""Saving a quantized model, and loading it into a freshly built one; packs are not saved but made anew."""
+"""Saving a quantized or sparse model and loading it into a freshly built one; packs are made anew."""
 
 from __future__ import annotations
 
@@ -13,37 +13,44 @@ from . import manifest
 from .embedding import QEmbedding
 from .errors import DeviceError, FormatError, HalfbyteError, ModelError
 from .extras import require
+from .layers import make_layer
 from .manifest import LayerEntry, Manifest
 from .modules import check_module, is_embedding, is_linear, join, obstacle, replace, shape_of, sites
 from .pack_inplace import freed_again
-from .qlinear import INPUT_BUFFERS, WEIGHT_BUFFERS, QLinear
+from .packed_layer import INPUT_BUFFERS, PackedLayer
+from .qlinear import WEIGHT_BUFFERS
 from .quantize import QuantizedTensor, check_static
 from .quantized_tensor import PARTS
+from .sparse.linear import SPARSE_BUFFERS, SparseLinear
+from .sparse.tensor import PARTS as SPARSE_PARTS
+from .sparse.tensor import SparseTensor
 
 safetensors = require("safetensors", extra="torch", purpose="saving and loading")
 save_file = require("safetensors.torch", extra="torch", purpose="saving and loading").save_file
 
 
 def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
-    """Write a quantized model, its float parameters and buffers included, to a directory, which may exist.
+    """Write a quantized or sparse model, floats included, to a directory, which may exist.
 
     halfbyte.json says what the layers are, model-<hash>.safetensors holds the tensors; no pickle. A model
     saved there before is replaced whole or, after an error or a crash, not at all; other files of the
     directory are left alone. Of several processes that save to one directory, the last one wins. Codes that
     `pack_` has freed are made for it, and freed again.
 
-    Raises ModelError for a model without quantized layers, with scales that are none or with state that is no
-    tensor, DeviceError for one with tensors on the meta device, OSError.
+    Raises ModelError for a model without quantized or sparse layers, with numbers that are none or with state
+    that is no tensor, DeviceError for one with tensors on the meta device, OSError.
     """
     check_module(model, "save")
     with freed_again(model):  # the codes, which have to be made where pack_ freed them
         layers = {
-            name: _entry(name, m) for name, m in model.named_modules() if isinstance(m, (QLinear, QEmbedding))
+            name: _entry(name, m)
+            for name, m in model.named_modules()
+            if isinstance(m, (PackedLayer, QEmbedding))
         }
         if not layers:
             raise ModelError(
-                f"this {type(model).__name__} has no quantized layer; call halfbyte.quantize_ first, or save "
-                "it with torch"
+                f"this {type(model).__name__} has no quantized layer, nor a sparse one; call "
+                "halfbyte.quantize_ or sparsify_ first, or save it with torch"
             )
         tensors, aliases = _distinct(model.state_dict())
         floats = {
@@ -101,7 +108,12 @@ def load(model: nn.Module, directory: str | os.PathLike[str], *, strict: bool = 
             if name in tensors and target is not tensors[name]:
                 target.copy_(tensors[name])
     root._halfbyte_report = [
-        {"name": name, "shape": (entry.out, entry.in_), "action": "quantized", "reason": ""}
+        {
+            "name": name,
+            "shape": (entry.out, entry.in_),
+            "action": "sparse" if entry.kind == "sparse" else "quantized",
+            "reason": "",
+        }
         for name, entry in saved.layers.items()
     ] + [
         {"name": name, "shape": shape_of(found[name][0]), "action": "float", "reason": reason}
@@ -112,15 +124,18 @@ def load(model: nn.Module, directory: str | os.PathLike[str], *, strict: bool = 
     return root
 
 
-def _entry(name: str, m: QLinear | QEmbedding) -> LayerEntry:
+def _entry(name: str, m: PackedLayer | QEmbedding) -> LayerEntry:
     n, k = shape_of(m)
     try:
-        _ = m.quantized  # checks the numbers
+        # The property checks the numbers.
         if isinstance(m, QEmbedding):
+            _ = m.quantized
             return LayerEntry("embedding", m.scheme, k, n, False, False, "none")
+        _ = m.packable
         if m.static is not None:
             check_static(m.static)
-        return LayerEntry("linear", m.scheme, k, n, m.bias is not None, m.static is not None, m.activation)
+        kind = "sparse" if isinstance(m, SparseLinear) else "linear"
+        return LayerEntry(kind, m.scheme, k, n, m.bias is not None, m.static is not None, m.activation)
     except (HalfbyteError, ValueError) as error:
         raise ModelError(f"{name or 'the model'}: {error}") from None
 
@@ -163,7 +178,7 @@ def _tensors(saved: Manifest) -> dict[str, Tensor]:
     except safetensors.SafetensorError as error:
         raise FormatError(f"{saved.weights} is no safetensors file ({error}); save the model again") from None
     for name in saved.layers:
-        for buffer in (*WEIGHT_BUFFERS, "bias", *INPUT_BUFFERS):
+        for buffer in dict.fromkeys((*WEIGHT_BUFFERS, *SPARSE_BUFFERS, "bias", *INPUT_BUFFERS)):
             if (full := join(name, buffer)) in tensors:
                 with torch.inference_mode(False):
                     tensors[full] = tensors[full].clone()
@@ -178,10 +193,10 @@ def _tensors(saved: Manifest) -> dict[str, Tensor]:
 
 def _layer(
     saved: Manifest, name: str, entry: LayerEntry, module: nn.Module, tensors: dict[str, Tensor]
-) -> QLinear | QEmbedding:
-    """The quantized layer that is to take the place of `module`."""
-    quantized, is_float = (QEmbedding, is_embedding) if entry.kind == "embedding" else (QLinear, is_linear)
-    if not (isinstance(module, quantized) or is_float(module)):
+) -> PackedLayer | QEmbedding:
+    """The quantized or sparse layer that is to take the place of `module`."""
+    ours, is_float = (QEmbedding, is_embedding) if entry.kind == "embedding" else (PackedLayer, is_linear)
+    if not (isinstance(module, ours) or is_float(module)):
         what = "an embedding" if entry.kind == "embedding" else "a linear layer"
         raise FormatError(
             f"{saved.directory} has {what} {name!r}, which in the model is a "
@@ -195,10 +210,10 @@ def _layer(
         )
     if is_float(module) and (reason := obstacle(module)):
         raise ModelError(f"load: {name or 'the model'} cannot be replaced: {reason}")
-    q = _quantized(saved, name, entry, tensors)
+    weight = _weight(saved, name, entry, tensors)
     called = {"float_dtype": module.weight.dtype, "name": name or "the model"}
     if entry.kind == "embedding":
-        return QEmbedding(q, padding_idx=module.padding_idx, **called).train(module.training)
+        return QEmbedding(weight, padding_idx=module.padding_idx, **called).train(module.training)
 
     def take(buffer: str, dtype: torch.dtype, *shape: int) -> Tensor:
         tensor = tensors.get(full := join(name, buffer))
@@ -210,7 +225,7 @@ def _layer(
         return tensor
 
     bias = take("bias", torch.float32, entry.out) if entry.bias else None
-    layer = QLinear(q, bias, activation=entry.activation, **called)
+    layer = make_layer(weight, bias, activation=entry.activation, **called)
     if entry.static:
         static = take("input_scale", torch.float32).item(), take("input_zero", torch.int32).item()
         try:
@@ -220,14 +235,19 @@ def _layer(
     return layer.train(module.training)
 
 
-def _quantized(saved: Manifest, name: str, entry: LayerEntry, tensors: dict[str, Tensor]) -> QuantizedTensor:
-    """The weight of a layer; the tensors that are there say which of zero and minimum it has."""
+def _weight(
+    saved: Manifest, name: str, entry: LayerEntry, tensors: dict[str, Tensor]
+) -> QuantizedTensor | SparseTensor:
+    """The weight of a layer; the tensors that are there say what the scheme leaves open."""
+    sparse = entry.kind == "sparse"
     parts = {}
-    for part, buffer in zip(PARTS, WEIGHT_BUFFERS, strict=True):
-        parts[part] = tensors.get(full := join(name, buffer))
-        if parts[part] is None and part in ("codes", "scale"):
+    for part in SPARSE_PARTS if sparse else PARTS:
+        parts[part] = tensors.get(full := join(name, f"weight_{part}"))
+        if parts[part] is None and part in (("values",) if sparse else ("codes", "scale")):
             raise FormatError(f"{saved.weights}: {full} is missing; save the model again")
     try:
+        if sparse:
+            return SparseTensor(scheme=entry.scheme, shape=(entry.out, entry.in_), **parts)
         q = QuantizedTensor(scheme=entry.scheme, k=entry.in_, **parts)
     except (HalfbyteError, ValueError) as error:
         raise FormatError(f"{saved.weights}: {name}: {error}; save the model again") from None

@@ -27,7 +27,8 @@ from .modules import (
     sites,
 )
 from .pack_inplace import restore
-from .qlinear import INPUT_BUFFERS, QLinear
+from .packed_layer import INPUT_BUFFERS, PackedLayer
+from .qlinear import QLinear
 from .quantized_tensor import PARTS, QuantizedTensor
 
 Tensors = Mapping[str, QuantizedTensor | Tensor]
@@ -44,7 +45,8 @@ def load_quantized_(
 
     A QuantizedTensor called "<layer>.weight" makes a QLinear of an nn.Linear or a Conv1D of transformers and
     a QEmbedding of an nn.Embedding; a "<layer>.bias" goes with it. Other tensors are copied into the model's
-    own, in their dtype. A QLinear of the model hands its activation and static range on to its replacement.
+    own, in their dtype. A QLinear or SparseLinear of the model hands its activation and static range on to
+    its replacement.
     Where the model ties two weights and the checkpoint has one, both are made of it and share its codes.
     `model._halfbyte_report` lists the linear layers and embeddings.
 
@@ -97,8 +99,8 @@ def _read(tensors: Tensors | str | os.PathLike[str]) -> Tensors:
     return tensors
 
 
-def _keep_settings(name: str, old: QLinear, new: QLinear) -> None:
-    """What was set on a layer that is quantized already: its activation and the range of its inputs."""
+def _keep_settings(name: str, old: PackedLayer, new: QLinear) -> None:
+    """What was set on a layer that is packed already: its activation and the range of its inputs."""
     restore(old)  # so that it has nothing of `pack_` to hand on
     new.activation = old.activation
     if old.input_scale is None:
@@ -150,7 +152,7 @@ class _Plan:
         if not isinstance(q, QuantizedTensor):
             return None
         name = its_names[0] or "the model"
-        if not (is_linear(module) or is_embedding(module) or isinstance(module, QLinear | QEmbedding)):
+        if not (is_linear(module) or is_embedding(module) or isinstance(module, PackedLayer | QEmbedding)):
             raise FormatError(
                 f"{source!r} is quantized in the checkpoint, and {name} in the model is a "
                 f"{type(module).__name__}; only nn.Linear, Conv1D and nn.Embedding can hold it: dequantize it"
@@ -168,7 +170,7 @@ class _Plan:
             new = QEmbedding(q, padding_idx=module.padding_idx, float_dtype=dtype, name=name)
         else:
             new = QLinear(q, self._bias(its_names, module), float_dtype=dtype, name=name)
-            if isinstance(module, QLinear):
+            if isinstance(module, PackedLayer):
                 _keep_settings(name, module, new)
         for attribute, value in extra_attributes(module).items():
             if not hasattr(new, attribute):

@@ -1,16 +1,17 @@
 """The saved form of a model: halfbyte.json, which names a safetensors file and says what its tensors mean.
 
-    {"format": "halfbyte", "version": 2, "halfbyte_version": "0.1.0",
+    {"format": "halfbyte", "version": 3, "halfbyte_version": "0.1.0",
      "weights": {"file": "model-<16 hex digits>.safetensors", "bytes": 123, "sha256": "..."},
      "layers": {"encoder.0": {"kind": "linear", "scheme": "w8a8", "in": 384, "out": 1536, "bias": true,
                               "static": false, "activation": "none"}},
      "aliases": {"decoder.weight_codes": "encoder.0.weight_codes"},
      "floats": {"head": "excluded"}}
 
-`layers` are the quantized ones, of the kind "linear" or "embedding" (whose `in` is the length of a row, and
-`out` the number of rows); version 1 has linear layers only, and no "kind". `aliases` are names of tensors
-that are stored under another name; `floats` says why other layers stayed float. The weights' file is named by
-its content, so that replacing halfbyte.json alone replaces the model: whole, or not at all.
+`layers` are the quantized and sparse ones, of the kind "linear", "embedding" (whose `in` is the length of a
+row, and `out` the number of rows) or "sparse" (with a scheme such as "w8a8+2:4"). Version 1 has linear layers
+only, and no "kind"; version 2, which is still written where it will do, has no sparse layers. `aliases` are
+names of tensors that are stored under another name; `floats` says why other layers stayed float. The weights'
+file is named by its content, so that replacing halfbyte.json alone replaces the model: whole, or not at all.
 """
 
 from __future__ import annotations
@@ -31,11 +32,12 @@ from . import _core
 from .errors import FormatError
 from .ops import ACTIVATIONS
 from .scheme import Scheme
+from .sparse.scheme import SparseScheme
 
 FILE = "halfbyte.json"
 FORMAT = "halfbyte"
-VERSION = 2
-KINDS = ("linear", "embedding")
+VERSION = 3
+KINDS = {1: ("linear",), 2: ("linear", "embedding"), 3: ("linear", "embedding", "sparse")}  # by version
 _WEIGHTS = re.compile(r"model-[0-9a-f]{16}\.safetensors")
 _TEMPORARY = re.compile(r"\.halfbyte-[0-9a-f]{16}\.tmp")
 _STALE_SECONDS = 3600  # no save is at work on a file that has not changed for so long
@@ -43,10 +45,10 @@ _STALE_SECONDS = 3600  # no save is at work on a file that has not changed for s
 
 @dataclass(frozen=True)
 class LayerEntry:
-    """One quantized layer: `in_` features, `out` channels, and what its buffers are."""
+    """One quantized or sparse layer: `in_` features, `out` channels, and what its buffers are."""
 
     kind: str  # of KINDS
-    scheme: Scheme
+    scheme: Scheme | SparseScheme
     in_: int
     out: int
     bias: bool
@@ -117,9 +119,10 @@ def _parse(directory: Path, data: dict) -> Manifest:
         raise ValueError(f"{file!r} is no name of a weights' file")
     layers = {}
     for name, entry in field(data, "layers", dict).items():
+        kind = "linear" if data["version"] == 1 else field(entry, "kind", str)
         layer = LayerEntry(
-            "linear" if data["version"] == 1 else field(entry, "kind", str),
-            Scheme.parse(field(entry, "scheme", str)),
+            kind,
+            (SparseScheme if kind == "sparse" else Scheme).parse(field(entry, "scheme", str)),
             field(entry, "in", int),
             field(entry, "out", int),
             field(entry, "bias", bool),
@@ -128,8 +131,10 @@ def _parse(directory: Path, data: dict) -> Manifest:
         )
         if layer.activation not in ACTIVATIONS:
             raise ValueError(f"the activation {layer.activation!r} of {name!r} is unknown")
-        if layer.kind not in KINDS:
+        if layer.kind not in KINDS[data["version"]]:
             raise ValueError(f"the kind {layer.kind!r} of {name!r} is unknown")
+        if layer.static and not layer.scheme.per_token:
+            raise ValueError(f"{name!r} has a static scale, and the scheme {layer.scheme} has no use for one")
         if layer.kind == "embedding" and (layer.bias or layer.static or layer.activation != "none"):
             raise ValueError(f"the embedding {name!r} has a bias, an activation or a static scale")
         layers[name] = layer
@@ -192,7 +197,7 @@ def replacing(
             json.dumps(
                 {
                     "format": FORMAT,
-                    "version": VERSION,
+                    "version": 3 if any(layer.kind == "sparse" for layer in layers.values()) else 2,
                     "halfbyte_version": _core.build_info()["version"],
                     "weights": {"file": file, "bytes": weights.stat().st_size, "sha256": digest},
                     "layers": {name: _entry(layer) for name, layer in layers.items()},

@@ -6,14 +6,16 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
 
 from .arrays import wraps
 from .errors import DTypeError
 
 # Of an nn.Linear and of a Conv1D; and what does not tie a value to the layer that it was assigned to.
-_LINEAR_ATTRIBUTES = {*vars(nn.Linear(1, 1, device="meta")), "nf", "nx"}
-_EMBEDDING_ATTRIBUTES = {*vars(nn.Embedding(1, 1, device="meta"))}
+_PARAMETERS = ("weight", "bias")
+_LINEAR_ATTRIBUTES = {*vars(nn.Linear(1, 1, device="meta")), "nf", "nx", *_PARAMETERS}
+_EMBEDDING_ATTRIBUTES = {*vars(nn.Embedding(1, 1, device="meta")), *_PARAMETERS}
 _PLAIN_VALUE = (bool, int, float, str, type(None))
 
 
@@ -74,21 +76,67 @@ def replace(places: list[tuple[nn.Module, str]], module: nn.Module) -> None:
         parent._modules[attribute] = module
 
 
+def weight_parameter(module: nn.Module) -> nn.Parameter | None:
+    """The parameter that holds the weight: `weight`, or `weight_orig` of a layer that was pruned."""
+    return module._parameters.get("weight_orig" if is_masked(module, "weight") else "weight")
+
+
+def is_masked(module: nn.Module, name: str = "weight") -> bool:
+    """Whether a parameter has a mask of torch.nn.utils.prune, whose hook applies it before each call."""
+    return f"{name}_orig" in module._parameters and f"{name}_mask" in module._buffers
+
+
+def float_weight(module: nn.Module) -> Tensor:
+    """The weight as it is used, in the layout of its parameter; the mask of a pruned layer applied to the
+    values that the parameter has now.
+    """
+    return _unmasked(module, "weight")
+
+
+def float_bias(module: nn.Module) -> Tensor | None:
+    """The bias as it is used."""
+    return _unmasked(module, "bias")
+
+
+def _unmasked(module: nn.Module, name: str) -> Tensor | None:
+    if not is_masked(module, name):
+        return getattr(module, name)
+    original, mask = module._parameters[f"{name}_orig"].detach(), module._buffers[f"{name}_mask"]
+    # What is pruned is 0 whatever it was, an infinity too.
+    return (original * mask.to(original.dtype)).masked_fill(mask == 0, 0)
+
+
 def obstacle(module: nn.Module) -> str:
-    """Why a linear layer or an embedding cannot be swapped without losing something; empty where it can."""
-    if "weight" not in module._parameters:
+    """Why a linear layer or an embedding cannot be swapped without losing something; empty where it can.
+
+    Masks of torch.nn.utils.prune are none: `float_weight` applies them.
+    """
+    masked = [name for name in _PARAMETERS if is_masked(module, name)]
+    if weight_parameter(module) is None:
         return "its weight is computed by a hook (weight_norm?), not a parameter"
     if wraps(module.weight):
         return f"its weight is a {type(module.weight).__name__}, not a plain tensor"
-    if any(value for name, value in vars(module).items() if name.endswith("_hooks")):
+    if any(_hooks_but_masks(module, masked)):
         return "it has hooks, which a replacement would lose"
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
-    held = [*module._buffers, *module._modules, *(module._parameters.keys() - {"weight", "bias"})]
+    own = {*_PARAMETERS, *(f"{name}_{part}" for name in masked for part in ("orig", "mask"))}
+    held = [name for name in (*module._buffers, *module._modules, *module._parameters) if name not in own]
     held += [name for name, value in extra_attributes(module).items() if not isinstance(value, _PLAIN_VALUE)]
     if held:
         return f"it holds {', '.join(held)}, which a replacement would lose"
     return embedding_obstacle(module) if is_embedding(module) else ""
+
+
+def _hooks_but_masks(module: nn.Module, masked: list[str]) -> Iterator[object]:
+    """The hooks of a module, without those that apply the masks of its parameters."""
+    for name, hooks in vars(module).items():
+        if name == "_forward_pre_hooks":
+            for hook in hooks.values():
+                if not (isinstance(hook, BasePruningMethod) and hook._tensor_name in masked):
+                    yield hook
+        elif name.endswith("_hooks") and hooks:
+            yield hooks
 
 
 def embedding_obstacle(module: nn.Embedding) -> str:

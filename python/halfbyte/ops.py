@@ -12,6 +12,7 @@ from .errors import DTypeError, ShapeError
 from .pack import PackedWeight
 from .quantize import check_static, check_takes_static
 from .scheme import Scheme
+from .sparse.scheme import SparseScheme
 
 _W8A8 = Scheme(8, 8)
 _MOST_LINEARS = 3
@@ -29,14 +30,14 @@ def linear(
     static: tuple[float, int] | None = None,
 ) -> Array:
     """`activation(x @ weight.T + bias) + residual` with integer products, exact int32 sums and a fused
-    epilogue; the scheme of the weight says how x is quantized.
+    epilogue; the scheme of the weight says how x is quantized. Sparse weights of floats multiply floats.
 
     x: [..., k] with any leading dimensions, also none or empty; float32, float16 or (torch) bfloat16. bias:
     [n], floating point. residual: [..., n], floating point. All of the kind of x: numpy or torch. activation:
     none, relu, gelu (erf), gelu_tanh or silu. out_dtype: that of x unless given; int32 returns the
-    accumulator itself, `sum_k (qx - zero) * qw`, which only w8a8 has, and takes no bias, activation or
-    residual. static: (scale, zero) for all of x instead of a scale and zero point per row found from the row,
-    for schemes with a8 and without +ag.
+    accumulator itself, `sum_k (qx - zero) * qw`, which only w8a8 has, dense or sparse, and takes no bias,
+    activation or residual. static: (scale, zero) for all of x instead of a scale and zero point per row found
+    from the row, for schemes with a8 and without +ag.
 
     Returns [..., n], contiguous. A row of x with a NaN or an infinity gives a row of NaN. Not differentiable:
     QLinear is. Raises DTypeError (TypeError), ShapeError, DeviceError or ValueError.
@@ -141,8 +142,8 @@ def _check_inference(x: Array, what: str) -> None:
     kind = kind_of(x, "x")
     if getattr(x, "requires_grad", False) and kind.torch.is_grad_enabled():
         raise ValueError(
-            f"{what}: x requires a gradient, which this function does not record; use a QLinear, or call "
-            "it under torch.no_grad()"
+            f"{what}: x requires a gradient, which this function does not record; use a QLinear or a "
+            "SparseLinear, or call it under torch.no_grad()"
         )
 
 
@@ -212,7 +213,8 @@ def run_linear(
             raise ValueError(
                 "an int32 output is the bare accumulator: it takes no bias, activation, residual or gate"
             )
-        if packed.scheme != _W8A8:
+        scheme = packed.scheme
+        if not (scheme.per_token if isinstance(scheme, SparseScheme) else scheme == _W8A8):
             raise ValueError(
                 f"an int32 output is the one integer sum that an output of {_W8A8} has; {packed.scheme} adds "
                 "floats: ask for a floating-point dtype"

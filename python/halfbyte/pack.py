@@ -1,13 +1,15 @@
-"""PackedWeight: a QuantizedTensor in the layout that this machine's kernels read. A cache, never saved."""
+"""PackedWeight: a weight in the layout that this machine's kernels read. A cache, never saved."""
 
 from __future__ import annotations
 
 from . import _core
-from .arrays import Array, kind_of
+from .arrays import F32, Array, kind_of
 from .dispatch import isa_errors
 from .errors import DTypeError
 from .quantized_tensor import PARTS, QuantizedTensor
 from .scheme import Scheme
+from .sparse.scheme import SparseScheme
+from .sparse.tensor import SparseTensor
 
 
 class PackedWeight:
@@ -15,7 +17,7 @@ class PackedWeight:
 
     __slots__ = ("core", "scheme")
 
-    def __init__(self, core: _core.PackedWeight, scheme: Scheme):
+    def __init__(self, core: _core.PackedWeight, scheme: Scheme | SparseScheme):
         self.core = core
         self.scheme = scheme
 
@@ -40,12 +42,15 @@ class PackedWeight:
         return f"PackedWeight({n}x{k}, scheme={self.scheme}, kernel={self.kernel}, nbytes={self.nbytes})"
 
 
-def pack(q: QuantizedTensor) -> PackedWeight:
-    """Lay the codes of `q` out for the kernels of this machine. One pack serves every batch size and every
-    ISA.
-    """
+def pack(q: QuantizedTensor | SparseTensor) -> PackedWeight:
+    """Lay a weight out for the kernels of this machine. One pack serves every batch size and every ISA."""
+    if isinstance(q, SparseTensor):
+        return _pack_sparse(q)
     if not isinstance(q, QuantizedTensor):
-        raise DTypeError(f"pack takes the QuantizedTensor that quantize() returns, not {type(q).__name__}")
+        raise DTypeError(
+            "pack takes the QuantizedTensor that quantize() returns, or the SparseTensor of sparsify(), not "
+            f"{type(q).__name__}"
+        )
     kind = kind_of(q.codes, "codes")
     dense: dict[str, Array] = {}
     for what in PARTS[1:]:
@@ -69,3 +74,23 @@ def pack(q: QuantizedTensor) -> PackedWeight:
             **pointers,
         )
     return PackedWeight(core, q.scheme)
+
+
+def _pack_sparse(weight: SparseTensor) -> PackedWeight:
+    kind, scheme, (n, k) = kind_of(weight.values, "values"), weight.scheme, weight.shape
+    dense, ld = kind.rows(weight.to_dense() if weight.scale is None else weight.codes(), k)
+    scale = None if weight.scale is None else kind.cast(weight.scale, kind.float32)
+    grouped = scheme.per_token and scheme.pattern.kind == "nm"  # the op of floats has an index for each value
+    with isa_errors:
+        core = _core.pack_sparse(
+            scheme.op,
+            kind.pointer(dense),
+            F32,
+            n,
+            k,
+            ld,
+            scale=0 if scale is None else kind.pointer(scale),
+            nonzero=scheme.pattern.n if grouped else 0,
+            of=scheme.pattern.m if grouped else 0,
+        )
+    return PackedWeight(core, scheme)

@@ -24,7 +24,8 @@ from .arrays import kind_of
 from .errors import HalfbyteError, ModelError
 from .modules import check_module
 from .pack import PackedWeight
-from .qlinear import WEIGHT_BUFFERS, QLinear, count_changes, held, weight_of
+from .packed_layer import count_changes, held, weight_of
+from .qlinear import WEIGHT_BUFFERS, QLinear
 from .quantize import QuantizedTensor
 from .torch_ops import known_pack, move_packs, pack_lock, packed_weight
 
@@ -43,7 +44,8 @@ def pack_(model: nn.Module) -> nn.Module:
     saves nothing, and each call of it has torch compile the model once more.
 
     Layers that share codes are freed together. Codes that anything else in the model has too, such as the
-    QEmbedding of a tied head, which reads its rows from them, are kept; those layers are only packed. A
+    QEmbedding of a tied head, which reads its rows from them, are kept; those layers are only packed.
+    SparseLinear layers are left as they are. A
     tensor that was taken out of the model before, in a state_dict for one, keeps its memory and is from then
     on a copy. Forward calls in other threads give the same answers meanwhile; some wait until this is done.
 

@@ -2,47 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.compiler import is_compiling
 
-from . import _core, dispatch
-from .arrays import check_vector, kind_of
-from .dispatch import isa_errors
-from .errors import DTypeError, HalfbyteError, ShapeError
-from .ops import ACTIVATIONS, run_linear
-from .pack import PackedWeight
-from .quantize import QuantizedTensor, check_static, check_takes_static, quantize
+from .errors import DTypeError
+from .modules import float_bias, float_weight
+from .packed_layer import PackedLayer
+from .quantize import QuantizedTensor, quantize
 from .quantized_tensor import PARTS
 from .scheme import Scheme
-from .torch_ops import known_pack, linear, pack_lock, packed_weight, state
-from .weight_view import WeightView
+from .torch_ops import linear
 
 WEIGHT_BUFFERS = tuple(f"weight_{part}" for part in PARTS)
-INPUT_BUFFERS = ("input_scale", "input_zero")
-
-# Buffers whose values go into the plan of a call. The bias is read in place.
-_WATCHED = (*WEIGHT_BUFFERS, *INPUT_BUFFERS)
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of the dtype codes of the core
-
-# True while something records or replaces tensor operations, from which a call into the core would hide.
-_RECORDERS = [
-    torch._C._get_tracing_state,
-    torch._C._len_torch_dispatch_stack,
-    torch._C._functorch.peek_interpreter_stack,
-]
-
-# Dictionaries of hooks that nn.Module's __call__ would run.
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = [getattr(torch.nn.modules.module, f"_global{hooks}") for hooks in _HOOKS]
-
-_get_num_threads = torch.get_num_threads
 
 
-class QLinear(nn.Module):
+class QLinear(PackedLayer):
     """A linear layer on quantized weights: `y = activation(x @ weight.T + bias)`.
 
     x: [..., in_features], float32, bfloat16 or float16, on the CPU; y has the dtype of x. In eager inference
@@ -61,6 +35,10 @@ class QLinear(nn.Module):
     name: what errors call the layer; its place in the model where quantize_ or load made it.
     """
 
+    weight_buffers = WEIGHT_BUFFERS
+    main_buffer = "weight_scale"
+    _made = "quantized", "quantize_"
+
     def __init__(
         self,
         q: QuantizedTensor,
@@ -70,24 +48,12 @@ class QLinear(nn.Module):
         float_dtype: torch.dtype = torch.float32,
         name: str = "QLinear",
     ):
-        super().__init__()
         if not isinstance(q, QuantizedTensor) or not isinstance(q.codes, Tensor):
             raise DTypeError(
                 "QLinear takes a QuantizedTensor of torch tensors; quantize() makes one of a torch weight"
             )
-        self.scheme: Scheme = q.scheme
-        self.out_features, self.in_features = q.shape
-        self.activation = activation
-        self.float_dtype = float_dtype
-        self.name = name
-        buffers = {name: getattr(q, part) for name, part in zip(WEIGHT_BUFFERS, PARTS, strict=True)}
-        buffers["bias"] = None if bias is None else bias.detach().float().clone()
-        # Absent ones come last: torch.export counts buffers that are None where it numbers the others.
-        names = [*(name for name in buffers if buffers[name] is not None), *INPUT_BUFFERS, *buffers]
-        for name in dict.fromkeys(names):
-            self.register_buffer(name, counting(buffers.get(name)))
-        self._plan: _core.LinearPlan | None = None
-        self._prepared: tuple[list, PackedWeight] | None = None  # what the plan was made of, and its pack
+        parts = {name: getattr(q, part) for name, part in zip(WEIGHT_BUFFERS, PARTS, strict=True)}
+        super().__init__(q, parts, bias, activation, float_dtype, name)
 
     @classmethod
     def from_linear(
@@ -102,8 +68,9 @@ class QLinear(nn.Module):
 
         method: that of `quantize`, which also says what is raised.
         """
-        q = quantize(linear.weight, scheme, method=method, name=f"{name}.weight")
-        return cls(q, linear.bias, float_dtype=linear.weight.dtype, name=name).train(linear.training)
+        weight = float_weight(linear)
+        q = quantize(weight, scheme, method=method, name=f"{name}.weight")
+        return cls(q, float_bias(linear), float_dtype=weight.dtype, name=name).train(linear.training)
 
     @property
     def quantized(self) -> QuantizedTensor:
@@ -112,83 +79,15 @@ class QLinear(nn.Module):
         return QuantizedTensor(codes, scale, self.scheme, self.in_features, *rest)
 
     @property
-    def weight(self) -> WeightView:
-        """Stands for the dequantized weight, for code that reads `layer.weight`."""
-        return WeightView(self)
+    def packable(self) -> QuantizedTensor:
+        """What `pack` takes: `quantized`."""
+        return self.quantized
 
-    @property
-    def activation(self) -> str:
-        """What follows the product and the bias; assigning another name than those above is a ValueError."""
-        return self._activation
-
-    @activation.setter
-    def activation(self, activation: str) -> None:
-        if not isinstance(activation, str) or activation not in ACTIVATIONS:
-            raise ValueError(f"activation {activation!r} is none of: {', '.join(ACTIVATIONS)}")
-        self._activation = activation
-
-    @property
-    def static(self) -> tuple[float, int] | None:
-        """(scale, zero) that every input is quantized with, or None: found per token. Assigning them where
-        the scheme has none per token is a ValueError.
-        """
-        return None if self.input_scale is None else (self.input_scale.item(), self.input_zero.item())
-
-    @static.setter
-    def static(self, static: tuple[float, int] | None) -> None:
-        if static is None:
-            held(self).update(input_scale=None, input_zero=None)
-            return
-        check_takes_static(self.scheme)
-        scale, zero = check_static(static)
-        device = self.weight_scale.device
-        with torch.inference_mode(False):
-            held(self).update(
-                input_scale=torch.tensor(scale, dtype=torch.float32, device=device),
-                input_zero=torch.tensor(zero, dtype=torch.int32, device=device),
-            )
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # nn.Module's own __call__ takes longer than a small layer; it is needed for hooks and tracers only,
-        # and the plan declines where there are any.
-        if not is_compiling() and (plan := self._plan) is not None and len(args) == 1 and not kwargs:
-            threads = dispatch.thread_override or _get_num_threads()
-            y = plan(args[0], ACTIVATIONS[self._activation], threads, False)
-            if y is not None:
-                return y
-        return super().__call__(*args, **kwargs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """y [..., out_features] of x [..., in_features]."""
-        if is_compiling():
-            return self._operator(x)
-        if (plan := self._plan) is not None:
-            threads = dispatch.thread_override or _get_num_threads()
-            y = plan(x, ACTIVATIONS[self._activation], threads, True)
-            if y is not None:
-                return y
-        return self._checked(x)
-
-    def _checked(self, x: Tensor) -> Tensor:
-        """forward with every check, for every kind of input; prepares the short way for the next call."""
-        try:
-            if not isinstance(x, Tensor):
-                raise DTypeError(f"x must be a torch tensor, not {type(x).__name__}")
-            if recorded(x):
-                return self._operator(x)
-            packed = self._prepare()
-            return run_linear(x, packed, self.bias, self.activation, None, None, self.static)
-        except (HalfbyteError, ValueError) as error:
-            error.args = (f"{self.name}: {error}",)
-            raise
+    def dequantize(self) -> Tensor:
+        """The weight that the codes stand for: float32 [n, k]."""
+        return self.quantized.dequantize()
 
     def _operator(self, x: Tensor) -> Tensor:
-        # Of 4-bit codes the operator cannot tell an odd number of features from the next one.
-        if not torch.jit.is_tracing() and x.shape[-1:] != (self.in_features,):
-            raise ShapeError(
-                f"x has the shape {tuple(x.shape)}; its last dimension must be {self.in_features}, the input "
-                "features of the weight"
-            )
         return linear(
             x,
             str(self.scheme),
@@ -200,115 +99,20 @@ class QLinear(nn.Module):
             self.input_zero,
         )
 
-    def _weight(self) -> tuple[Tensor | None, ...]:
-        """The parts of the QuantizedTensor, in their order."""
-        buffers = self._buffers
-        return tuple(buffers[name] for name in WEIGHT_BUFFERS)
-
-    def _prepare(self) -> PackedWeight:
-        """Pack, and note what the short way of `forward` (LinearPlan) compares and passes on."""
-        count_changes(self)
-        if (prepared := self._prepared) is not None and prepared[0] == self._states():
-            return prepared[1]
-        with pack_lock():  # or the codes could be freed, or be there again, in between
-            if known_pack(*weight_of(self)) is None:
-                _ = self._buffers  # makes codes that `pack_` has freed: to pack them with what has changed
-            return self._make_plan(held(self))
-
-    def _make_plan(self, buffers: dict[str, Tensor | None]) -> PackedWeight:
-        static = (0.0, 0) if self.static is None else check_static(self.static)
-        if self.bias is not None:
-            check_vector(
-                kind_of(self.weight_scale, "weight_scale"),
-                self.bias,
-                self.out_features,
-                "bias",
-                "weight_scale",
-            )
-            buffers["bias"] = self.bias.float().contiguous()
-        states = self._states()
-        watched = [
-            (buffers, name, t, t._version if name in _WATCHED and t is not None else -1)
-            for name, t in buffers.items()
-        ]
-        packed = packed_weight(*weight_of(self))
-        with isa_errors:
-            _core.select(self.scheme.op)  # a plan without a kernel would raise at every call
-        self._plan = _core.LinearPlan(
-            packed.core,
-            watched,
-            Tensor,
-            _DTYPES,
-            _RECORDERS,
-            [getattr(self, hooks) for hooks in _HOOKS] + _GLOBAL_HOOKS,
-            vars(forward_ad),
-            0 if self.bias is None else self.bias.data_ptr(),
-            *static,
-        )
-        self._prepared = states, packed
-        return packed
-
-    def _states(self) -> list[tuple | None]:
-        """Changes with each buffer that is replaced, changed in place, or given other memory."""
-        return [None if t is None else (id(t), *state(t)) for t in held(self).values()]
-
-    def _apply(self, fn: Any, recurse: bool = True) -> QLinear:
-        kept = {name: b for name, b in self._buffers.items() if b is not None and b.is_floating_point()}
-        super()._apply(fn, recurse)
-        for name, buffer in kept.items():
-            if (moved := self._buffers[name]).dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(moved.device)
-        self.float_dtype = fn(torch.empty(0, dtype=self.float_dtype)).dtype
-        return self
-
-    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        note_scheme(self.scheme, destination, prefix)
-
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        errors: list[str] = args[-1]
-        if mismatch := other_format(self.scheme, state_dict, prefix, args[0]):
-            errors.append(mismatch)
-            return
-        if prefix + "weight" in state_dict:
-            errors.append(f"{prefix}weight is float and this layer is quantized: load it before quantize_")
-        given = [name for name in INPUT_BUFFERS if prefix + name in state_dict]
-        if len(given) == 1:
-            errors.append(f"{prefix}{given[0]} comes alone: a static layer has input_scale and input_zero")
-        elif prefix + "weight_codes" in state_dict:
-            self._follow({name: state_dict.get(prefix + name) for name in self._buffers})
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _other_format(self, state_dict: dict, prefix: str, metadata: dict) -> str | None:
+        if prefix + "weight_values" in state_dict:
+            return f"{prefix}weight_values is of a sparse layer and this one is not: call sparsify_ before"
+        return other_format(self.scheme, state_dict, prefix, metadata)
 
     def _follow(self, saved: dict[str, Tensor | None]) -> None:
-        """Have the buffers that are saved where the scheme leaves a choice: whether the layer is static,
-        which of zero and minimum it has, and the dtype of group scales.
-        """
-        free = list(INPUT_BUFFERS) if self.scheme.per_token else []
+        """Also which of zero and minimum the layer has, and the dtype of group scales."""
+        super()._follow(saved)
         if self.scheme.asym and (saved["weight_zero"] is None) != (saved["weight_minimum"] is None):
-            free += ["weight_zero", "weight_minimum"]
-        for name in free:
-            if (saved[name] is None) != (self._buffers[name] is None):
-                self._buffers[name] = None if saved[name] is None else torch.empty_like(saved[name])
+            self._follow_presence(saved, ("weight_zero", "weight_minimum"))
         for name in ("weight_group_scale", "weight_minimum"):
             buffer, value = self._buffers[name], saved[name]
             if buffer is not None and value is not None and value.dtype in (torch.float16, torch.float32):
                 self._buffers[name] = buffer.to(value.dtype)
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_buffers": self._buffers, "_plan": None, "_prepared": None}
-
-    def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, scheme={self.scheme}, "
-            f"kernel={_core.select(self.scheme.op)}"
-        ) + (f", static={self.static}" if self.scheme.per_token else "")
-
-
-def note_scheme(scheme: Scheme, destination: dict, prefix: str) -> None:
-    """Write the scheme beside the version that torch keeps of each module in the metadata of a state_dict."""
-    if (metadata := getattr(destination, "_metadata", None)) is not None:
-        metadata.setdefault(prefix[:-1], {})["scheme"] = str(scheme)
 
 
 def other_format(scheme: Scheme, state_dict: dict, prefix: str, metadata: dict) -> str | None:
@@ -325,39 +129,3 @@ def other_format(scheme: Scheme, state_dict: dict, prefix: str, metadata: dict) 
         f"{prefix}{WEIGHT_BUFFERS[0]} is of the scheme {saved} and this layer of {scheme}: quantize "
         "the model with the scheme of the state"
     )
-
-
-def recorded(x: Tensor) -> bool:
-    """Whether something has to see a call on x: a gradient, a tracer, a mode, or what kind of tensor x is."""
-    if (x.requires_grad and torch.is_grad_enabled()) or x.is_meta or type(x) is not Tensor:
-        return True
-    return any(recorder() for recorder in _RECORDERS)
-
-
-def held(layer: QLinear) -> dict[str, Tensor | None]:
-    """The buffers as they are: where `pack_` has freed the codes, a tensor without data stands for them. What
-    looks at a layer in any other way never sees it.
-    """
-    return vars(layer)["_buffers"]
-
-
-def weight_of(layer: QLinear) -> tuple:
-    """What `packed_weight` takes of a layer, of the buffers as they are."""
-    buffers = held(layer)
-    return layer.scheme, layer.in_features, *(buffers[name] for name in WEIGHT_BUFFERS)
-
-
-def count_changes(layer: QLinear) -> None:
-    """Replace buffers that were made in inference mode, and would not count their changes."""
-    buffers = held(layer)
-    for name, buffer in buffers.items():
-        if (counted := counting(buffer)) is not buffer:
-            buffers[name] = counted
-
-
-def counting(tensor: Tensor | None) -> Tensor | None:
-    """`tensor`, or a copy of one made in inference mode, which would not count its changes."""
-    if tensor is None or not tensor.is_inference():
-        return tensor
-    with torch.inference_mode(False):
-        return tensor.clone()

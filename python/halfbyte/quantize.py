@@ -14,6 +14,7 @@ from .errors import NonFiniteError, ShapeError
 from .quantized_tensor import NF4_CODES as NF4_CODES
 from .quantized_tensor import QuantizedTensor, to_nibbles
 from .scheme import Scheme
+from .sparse.scheme import SparseScheme
 
 # The last multiple of 64, to which k is padded, below (2^31 - 1) / (255 * 128) = 65793.06: more products of
 # two codes could overflow the int32 accumulator.
@@ -95,12 +96,13 @@ def quantize_rows(
     return _quantize_rows(x, "x", symmetric=symmetric, static=None if scale is None else (scale, zero))
 
 
-def check_takes_static(scheme: Scheme) -> None:
+def check_takes_static(scheme: Scheme | SparseScheme) -> None:
     """ValueError for a scheme whose activations have no scale and zero point per token to be fixed."""
     if not scheme.per_token:
+        have = "scales per group of features" if isinstance(scheme, Scheme) else "none, as they stay floats"
         raise ValueError(
-            f"a static scale and zero point replace those of a token; with {scheme} activations have scales "
-            "per group of features, so give none"
+            f"a static scale and zero point replace those of a token; with {scheme} activations have {have}: "
+            "give none"
         )
 
 

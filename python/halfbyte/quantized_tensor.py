@@ -163,6 +163,11 @@ class QuantizedTensor:
             * self.scale[:, None]
         )
 
+    def rows(self, begin: int, end: int) -> QuantizedTensor:
+        """Output channels begin .. end-1, which share the memory of these arrays."""
+        parts = {what: None if (part := getattr(self, what)) is None else part[begin:end] for what in PARTS}
+        return QuantizedTensor(**parts, scheme=self.scheme, k=self.k)
+
     def __repr__(self) -> str:
         n, k = self.shape
         return f"QuantizedTensor({n}x{k}, scheme={self.scheme}, nbytes={self.nbytes})"

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -15,14 +13,15 @@ from torch.nn import functional
 from . import _core
 from .embedding import OP as EMBEDDING_OP
 from .embedding import QEmbedding
+from .layers import make_layer
 from .modules import check_module, is_linear, shape_of
 from .pack_inplace import freed_again, freed_bytes, tensors
-from .qlinear import QLinear, held
+from .packed_layer import PackedLayer, held
+from .sparse.cost import predicted_break_even
+from .sparse.linear import SparseLinear
 from .tables import markdown_table, mebibytes, percent, significant, text_table
+from .timing import caller, evaluation, interleaved
 
-# Interleaved rounds of about this long: a layer costs some 30 ms, a model of a hundred layers a few seconds.
-_ROUNDS = 7
-_ROUND_SECONDS = 0.002
 _FLOAT_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "none": lambda y: y,
     "relu": functional.relu,
@@ -58,6 +57,8 @@ class LayerSummary:
     why_float: str
     tied_to: str  # the earlier layer that has the same weight
     embedding: bool
+    density: float | None  # of a sparse layer, the share of its weight that is stored
+    break_even: float | None  # and 1 - density from which on its kernel is predicted to beat the dense one
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,11 @@ class Summary:
 
     def _render(self, table: Callable[[list[str], list[list[str]]], str]) -> str:
         measured = any(layer.ms is not None for layer in self.layers)
+        sparse = any(layer.density is not None for layer in self.layers)
         headers = ["layer", "in -> out", "scheme", "kernel", "float size", "size"]
+        headers += ["density", "break-even sparsity"] if sparse else []
         headers += ["float ms", "ms", "faster", "error"] if measured else []
-        rows = [self._cells(layer, measured) for layer in self.layers]
+        rows = [self._cells(layer, sparse, measured) for layer in self.layers]
         for header, field in (("tied to", "tied_to"), ("why float", "why_float")):
             if any(column := [getattr(layer, field) for layer in self.layers]):
                 headers.append(header)
@@ -91,11 +94,13 @@ class Summary:
         return "\n\n".join([table(headers, rows), self._totals(measured), *([_NOTE] if measured else [])])
 
     @staticmethod
-    def _cells(layer: LayerSummary, measured: bool) -> list[str]:
+    def _cells(layer: LayerSummary, sparse: bool, measured: bool) -> list[str]:
         cells = [
             layer.name or "(the model)", f"{layer.in_features} -> {layer.out_features}",
             layer.scheme, layer.kernel, mebibytes(layer.float_bytes), mebibytes(layer.bytes),
         ]  # fmt: skip
+        if sparse:
+            cells += ["-" if x is None else percent(x) for x in (layer.density, layer.break_even)]
         if measured:
             faster = f"{layer.float_ms / layer.ms:.2f}x" if layer.ms and layer.float_ms else "-"
             error = "-" if layer.error is None else f"{100 * layer.error:.2f}%"
@@ -112,23 +117,26 @@ class Summary:
         if embeddings:
             text += f" and {done} of {len(embeddings)} embeddings"
             kinds += " and embeddings"
+        sparse = any(layer.density is not None for layer in quantized)
+        done_to = "quantized or sparse" if sparse else "quantized"
         text += (
-            f" quantized; model {mebibytes(before)} -> {mebibytes(after)} "
+            f" {done_to}; model {mebibytes(before)} -> {mebibytes(after)} "
             f"({percent(after / before) if before else '-'}), of which "
             f"{mebibytes(self.other_bytes)} is not in {kinds}"
         )
         pairs = [(layer.float_ms, layer.ms) for layer in quantized if layer.ms and layer.float_ms]
         if measured and pairs:
             slow, fast = (sum(column) for column in zip(*pairs, strict=True))
-            text += f"; quantized layers {slow:.3f} ms -> {fast:.3f} ms, {self.threads} threads"
+            text += f"; {done_to} layers {slow:.3f} ms -> {fast:.3f} ms, {self.threads} threads"
         return text + "."
 
 
 def summary(model: torch.nn.Module, example_inputs: object = None) -> Summary:
     """Per layer: shape, scheme, kernel, bytes, why it stayed float; with inputs also times and error.
 
-    Layers: the linear ones, and the embeddings that quantize_ looked at. example_inputs: what `model` is
-    called with once: a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments.
+    Layers: the linear ones, and the embeddings that quantize_ looked at. Sparse ones have their density and
+    the sparsity from which on their kernel is predicted to be faster than the dense one. example_inputs: what
+    `model` is called with once: a tensor, a tuple or list of positional arguments, or a mapping of keywords.
     The call runs in evaluation mode without gradients; the model is left as it was. The error is measured
     against the dequantized weights, since the original ones are gone. Times are those of calling the layer,
     without hooks. Layers that have not run yet are packed.
@@ -138,14 +146,14 @@ def summary(model: torch.nn.Module, example_inputs: object = None) -> Summary:
     targets = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, (QLinear, QEmbedding, torch.nn.Linear))
+        if isinstance(module, (PackedLayer, QEmbedding, torch.nn.Linear))
         or is_linear(module)
         or (isinstance(module, torch.nn.Embedding) and name in report)
     }
     measured: dict[str, tuple[float, float | None, float | None]] = {}
     if example_inputs is not None:
-        with freed_again(model), _evaluation(model), _hooks(targets, measured), torch.no_grad():
-            _call(model, example_inputs)
+        with freed_again(model), evaluation(model), _hooks(targets, measured), torch.no_grad():
+            caller(model, example_inputs)()
     layers: list[LayerSummary] = []
     counted: dict[_Key, str] = {}  # the tensors of the layers so far, and whose they are
     packs: dict[int, int] = {}
@@ -162,7 +170,7 @@ def summary(model: torch.nn.Module, example_inputs: object = None) -> Summary:
 
 def packed_bytes(model: torch.nn.Module) -> dict[int, int]:
     """Sizes of the packed weights of a model, by pack, since layers may share one; packs what has not run."""
-    layers = [m for m in model.modules() if isinstance(m, QLinear) and not m.weight_scale.is_meta]
+    layers = [m for m in model.modules() if isinstance(m, PackedLayer) and m.device.type != "meta"]
     return {id(pack): pack.nbytes for pack in [layer._prepare() for layer in layers]}
 
 
@@ -179,11 +187,11 @@ def _layer(
     size = sum(tensor.nbytes for tensor in own.values())
     n, k = shape_of(module)
     embedding = isinstance(module, (QEmbedding, torch.nn.Embedding))
-    if isinstance(module, (QLinear, QEmbedding)):
-        weight = held(module)["weight_codes"]
+    if isinstance(module, (PackedLayer, QEmbedding)):
+        weight = held(module)["weight_values" if isinstance(module, SparseLinear) else "weight_codes"]
         size -= freed_bytes(module) if _key(weight) in own else 0
         elements = 0 if row.get("tied_to") or _key(weight) not in own else n * k
-        if isinstance(module, QLinear) and module.bias is not None and _key(module.bias) in own:
+        if isinstance(module, PackedLayer) and module.bias is not None and _key(module.bias) in own:
             elements += n
         float_bytes = elements * module.float_dtype.itemsize
         op = EMBEDDING_OP if embedding else module.scheme.op
@@ -191,9 +199,12 @@ def _layer(
     else:
         weight = module.weight
         float_bytes, scheme, kernel, why = size, "float", "torch", row.get("reason") or _UNKNOWN_REASON
+    density, break_even = None, None
+    if isinstance(module, SparseLinear):
+        density, break_even = module.density, predicted_break_even(module.scheme)
     return LayerSummary(
         name, *((n, k) if embedding else (k, n)), scheme, kernel, float_bytes, size, float_ms, ms, error, why,
-        counted.get(_key(weight), ""), embedding,
+        counted.get(_key(weight), ""), embedding, density, break_even,
     )  # fmt: skip
 
 
@@ -204,17 +215,6 @@ def _key(tensor: torch.Tensor) -> _Key:
 def _tensors(module: torch.nn.Module) -> dict[_Key, torch.Tensor]:
     """Parameters and buffers by the memory that they occupy, so that tied ones count once."""
     return {_key(t): t for t in tensors(module)}
-
-
-@contextlib.contextmanager
-def _evaluation(model: torch.nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 @contextlib.contextmanager
@@ -242,12 +242,12 @@ def _measure(module: torch.nn.Module, x: torch.Tensor) -> tuple[float, float | N
     """(float ms, quantized ms, relative output error); the last two are None for a float layer."""
     if isinstance(module, QEmbedding):
         return _measure_embedding(module, x)
-    if not isinstance(module, QLinear):
+    if not isinstance(module, PackedLayer):
         hooked = module._forward_hooks or module._forward_pre_hooks
         call = module.forward if hooked else module
-        return _interleaved([lambda: call(x)])[0], None, None
+        return interleaved([lambda: call(x)])[0], None, None
     # Twins, because a call of the layer itself would run the hooks of its user.
-    twin = QLinear(module.quantized, module.bias, activation=module.activation)
+    twin = make_layer(module.packable, module.bias, activation=module.activation)
     twin.static = module.static
     linear = _float_twin(module, x.dtype)
     activation = _FLOAT_ACTIVATIONS[module.activation]
@@ -271,41 +271,13 @@ def _compare(
     exact = in_float().float()
     norm = exact.norm().item()
     difference = (quantized().float() - exact).norm().item()
-    return (*_interleaved([in_float, quantized]), difference / norm if norm else difference)
+    return (*interleaved([in_float, quantized]), difference / norm if norm else difference)
 
 
-def _float_twin(module: QLinear, dtype: torch.dtype) -> torch.nn.Linear:
+def _float_twin(module: PackedLayer, dtype: torch.dtype) -> torch.nn.Linear:
     """The nn.Linear on the dequantized weights."""
     linear = torch.nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
-    linear.weight = torch.nn.Parameter(module.quantized.dequantize().to(dtype), requires_grad=False)
+    linear.weight = torch.nn.Parameter(module.dequantize().to(dtype), requires_grad=False)
     if module.bias is not None:
         linear.bias = torch.nn.Parameter(module.bias.to(dtype), requires_grad=False)
     return linear
-
-
-def _interleaved(calls: list[Callable[[], object]]) -> list[float]:
-    """Median milliseconds of each call over rounds in which they take turns."""
-    counts = []
-    for call in calls:
-        call()
-        start = time.perf_counter()
-        call()
-        counts.append(max(1, round(_ROUND_SECONDS / max(time.perf_counter() - start, 1e-7))))
-    samples: list[list[float]] = [[] for _ in calls]
-    for _ in range(_ROUNDS):
-        for call, count, column in zip(calls, counts, samples, strict=True):
-            call()  # untimed: refills the caches after the other contestant
-            start = time.perf_counter()
-            for _ in range(count):
-                call()
-            column.append((time.perf_counter() - start) / count * 1e3)
-    return [statistics.median(column) for column in samples]
-
-
-def _call(model: torch.nn.Module, inputs: object) -> None:
-    if isinstance(inputs, Mapping):
-        model(**inputs)
-    elif isinstance(inputs, (tuple, list)):
-        model(*inputs)
-    else:
-        model(inputs)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from .errors import SchemeError
+from .sparse.scheme import is_sparse
 
 GROUPS = (32, 64, 128)
 WIDE_GROUP = 128  # of 16-bit activations where the weight has none: 32639 * 255 * 128 is below 2^31
@@ -117,6 +118,11 @@ def _parse(text: str) -> Scheme:
 
 
 def _unknown(text: object) -> str:
+    if is_sparse(text):
+        return (
+            f"{str(text)!r} is a scheme of sparse weights: call sparsify_(model, scheme={str(text)!r}) on a "
+            "pruned model, or sparsify on a weight"
+        )
     nearest = difflib.get_close_matches(str(text), NAMES, 3, 0)
     return (
         f"no kernel runs the scheme {text!r}; the nearest that run are {', '.join(nearest)}; a scheme is "

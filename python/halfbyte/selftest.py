@@ -47,6 +47,14 @@ _SCHEMES = {
         ("w4a16_g64+nf4", "absmax"),
     ),
 }
+_SPARSE_OPS = (
+    "spmm_block_w8a8",
+    "spmm_nm_w8a8",
+    "spmm_unstructured_w8a8",
+    "spmm_block_f32",
+    "spmm_block_bf16",
+    "spmm_unstructured_f32",
+)
 
 
 def run() -> list[dict]:
@@ -139,6 +147,36 @@ def _linear_f32(rng: np.random.Generator) -> list[np.ndarray]:
     return results
 
 
+def _sparse(op: str, rng: np.random.Generator) -> list[np.ndarray]:
+    """Through the core: weights with zeros where the op wants them, one panel empty."""
+    results = []
+    for m, n, k in _SHAPES:
+        x, bias, scale = _rows(rng, m, k), _normal(rng, n), np.abs(_normal(rng, n)) + 0.1
+        exact = op == "spmm_unstructured_f32"  # its kernels add in different orders: numbers whose sums are exact
+        if exact:
+            x = np.rint(4 * _normal(rng, m, k))
+        wide = 1 if op in ("spmm_block_f32", "spmm_block_bf16") else 4
+        blocks = rng.random((-(-n // 16), -(-k // wide))) < 0.3
+        kept = np.kron(blocks, np.ones((16, wide), bool))[:n, :k] if "_block_" in op else rng.random((n, k)) < 0.3
+        pattern = (0, 0)
+        if op == "spmm_nm_w8a8":
+            pattern, kept = (2, 4), kept & (np.arange(k) % 4 < 2)
+        kept[:16] = False
+        codes = op.endswith("w8a8")
+        integers = codes or exact
+        weight = rng.integers(-127, 128, (n, k)) * kept if integers else _normal(rng, n, k) * kept
+        weight = np.ascontiguousarray(weight, np.int8 if codes else np.float32)
+        packed = _core.pack_sparse(op, NUMPY.pointer(weight), F32, n, k, k, NUMPY.pointer(scale), *pattern)
+        for activation in range(len(_ACTIVATIONS)):
+            out = np.empty((m, n), np.float32)
+            _core.linear(
+                packed, m, NUMPY.pointer(x), k, F32, NUMPY.pointer(out), n, F32, NUMPY.pointer(bias),
+                activation, 0, 0, F32, 0.0, 0, NUMPY.threads(),
+            )  # fmt: skip
+            results.append(out)
+    return results
+
+
 def _embedding(rng: np.random.Generator) -> list[np.ndarray]:
     """Through the core, because QEmbedding needs torch; the weights of every scheme above, each once."""
     results = []
@@ -225,6 +263,7 @@ def _attention(rng: np.random.Generator) -> list[np.ndarray]:
 _CHECKS: dict[str, Callable[[np.random.Generator], list[np.ndarray]]] = {
     **{op: partial(_linear, op) for op in _SCHEMES},
     "linear_f32": _linear_f32,
+    **{op: partial(_sparse, op) for op in _SPARSE_OPS},
     "attention": _attention,
     "embedding": _embedding,
     "norm": _norm,

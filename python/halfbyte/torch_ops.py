@@ -1,11 +1,12 @@
 """halfbyte::linear as a torch operator, for torch.compile, autograd and tracing; and the cache of packs.
 
-Eager inference does not pass here: QLinear calls the core itself.
+Eager inference does not pass through the operator: layers call the core themselves.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from threading import RLock
 
 import torch
@@ -18,9 +19,12 @@ from .pack import PackedWeight, pack
 from .quantize import QuantizedTensor
 from .quantized_tensor import unscaled
 from .scheme import Scheme
+from .sparse.scheme import SparseScheme
+from .sparse.tensor import SparseTensor
 
-# codes tensor -> {(scheme, k): (states of all weight tensors, those but the codes, PackedWeight)}; an entry
-# lives as long as its codes. Layers may share codes and quantize their inputs in different ways.
+# codes tensor -> {(scheme, shape): (states of all weight tensors, those but the codes, PackedWeight)}; an
+# entry lives as long as its codes. Layers may share codes and quantize their inputs in different ways. Of
+# sparse weights the values stand for the codes.
 _Entry = tuple[list, tuple, PackedWeight]
 _packs: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _packs_lock = RLock()
@@ -41,32 +45,39 @@ def pack_lock() -> RLock:
     return _packs_lock
 
 
-def packed_weight(scheme: Scheme, k: int, codes: Tensor, *others: Tensor | None) -> PackedWeight:
-    """The pack of a weight: made once, and again after a tensor was changed or given other memory.
+def packed_weight(
+    scheme: Scheme | SparseScheme, shape: tuple[int, int], codes: Tensor, *others: Tensor | None
+) -> PackedWeight:
+    """The pack of a weight [n, k]: made once, and again after a tensor was changed or given other memory.
 
-    others: scale, group_scale, zero and minimum, as in a QuantizedTensor. Inference tensors do not count
+    others: scale, group_scale, zero and minimum, as in a QuantizedTensor; with a SparseScheme codes are the
+    values of a SparseTensor and others its crow, columns, positions and scale. Inference tensors do not count
     their changes, so they are packed at every call.
     """
 
     def make() -> PackedWeight:
+        if isinstance(scheme, SparseScheme):
+            return pack(SparseTensor(codes, scheme, shape, *others))
         scale, *rest = others
-        return pack(QuantizedTensor(codes, scale, scheme, k, *rest))
+        return pack(QuantizedTensor(codes, scale, scheme, shape[1], *rest))
 
     tensors = (codes, *others)
     if any(t is not None and t.is_inference() for t in tensors):
         return make()
     with _packs_lock:
-        if (packed := known_pack(scheme, k, codes, *others)) is None:
+        if (packed := known_pack(scheme, shape, codes, *others)) is None:
             states = [None if t is None else state(t) for t in tensors]
             packed = make()
-            _packs[codes] = _current(codes, states[0]) | {(scheme, k): (states, others, packed)}
+            _packs[codes] = _current(codes, states[0]) | {(scheme, shape): (states, others, packed)}
         return packed
 
 
-def known_pack(scheme: Scheme, k: int, codes: Tensor, *others: Tensor | None) -> PackedWeight | None:
+def known_pack(
+    scheme: Scheme | SparseScheme, shape: tuple[int, int], codes: Tensor, *others: Tensor | None
+) -> PackedWeight | None:
     """The pack of a weight where it is there and nothing has changed since: the codes are not read."""
     with _packs_lock:
-        entry = _packs.get(codes, {}).get((scheme, k))
+        entry = _packs.get(codes, {}).get((scheme, shape))
         if entry is None or any(a is not b for a, b in zip(entry[1], others, strict=True)):
             return None
         states = [None if t is None else state(t) for t in (codes, *others)]
@@ -82,7 +93,7 @@ def move_packs(codes: Tensor, other: Tensor) -> None:
         }
 
 
-def _current(codes: Tensor, now: tuple[int, int]) -> dict[tuple[Scheme, int], _Entry]:
+def _current(codes: Tensor, now: tuple[int, int]) -> dict[tuple, _Entry]:
     """The packs of the values that `codes` have now."""
     return {key: entry for key, entry in _packs.get(codes, {}).items() if entry[0][0] == now}
 
@@ -119,14 +130,13 @@ def _linear(
     # x says whether the last half of a byte is used; where x does not fit, run_linear explains.
     k = _features(parsed, codes)
     k -= parsed.weight_bits == 4 and x.ndim > 0 and x.shape[-1] == k - 1
-    packed = packed_weight(parsed, k, codes, scale, group_scale, zero, minimum)
+    packed = packed_weight(parsed, (codes.shape[0], k), codes, scale, group_scale, zero, minimum)
     static = None if input_scale is None else (input_scale.item(), input_zero.item())
     return run_linear(x, packed, bias, activation, residual, None, static)
 
 
 def _linear_fake(x: Tensor, scheme: str, codes: Tensor, *others) -> Tensor:
-    if codes.device.type == "meta" and x.device.type != "meta":  # torch asks here for both
-        raise DeviceError("codes is on the meta device, without data; load its values first")
+    check_not_meta(codes, x, "codes")
     parsed = Scheme.parse(scheme)
     k = _features(parsed, codes)
     fits = x.shape[-1] == k or (parsed.weight_bits == 4 and x.shape[-1] == k - 1)
@@ -147,29 +157,48 @@ def _save_for_backward(ctx, inputs: tuple, output: Tensor) -> None:
 
 
 def _backward(ctx, grad: Tensor) -> tuple:
-    """Straight through the rounding of x: the gradient of x @ dequantized.T + bias + residual."""
+    codes, scale, *rest = ctx.saved_tensors
+
+    def times_weight(g: Tensor) -> Tensor:
+        return (g * scale) @ unscaled(codes, Scheme.parse(ctx.scheme), ctx.features, *rest)
+
+    return straight_through(ctx, grad, linear, "codes and scales", times_weight)
+
+
+def straight_through(
+    ctx, grad: Tensor, op: torch._ops.OpOverload, constant: str, times_weight: Callable[[Tensor], Tensor]
+) -> tuple:
+    """The gradients of a linear operator, straight through the rounding of x: those of x @ weight.T + bias +
+    residual.
+
+    ctx: has the activation and the dtypes of x, bias and residual. constant: the arguments without gradients.
+    times_weight: of a float32 gradient g [..., n], g @ weight.
+    """
     if ctx.activation != "none":
         raise NotImplementedError(
-            f"halfbyte::linear has no gradient with activation={ctx.activation!r}; use activation="
-            "'none' and torch's own activation after it"
+            f"{op.name()} has no gradient with activation={ctx.activation!r}; use activation='none' and "
+            "torch's own activation after it"
         )
-    needed = dict(zip(_ARGUMENTS, ctx.needs_input_grad, strict=False))  # trailing defaults are left out
-    if any(needed.get(name) for name in _ARGUMENTS if name not in ("x", "bias", "residual")):
-        raise NotImplementedError(
-            "halfbyte::linear has gradients for x, bias and residual, not for codes and scales"
-        )
-    codes, scale, *rest = ctx.saved_tensors
+    arguments = [argument.name for argument in op._schema.arguments]
+    needed = dict(zip(arguments, ctx.needs_input_grad, strict=False))  # trailing defaults are left out
+    if any(needed.get(name) for name in arguments if name not in ("x", "bias", "residual")):
+        raise NotImplementedError(f"{op.name()} has gradients for x, bias and residual, not for {constant}")
     x_dtype, bias_dtype, residual_dtype = ctx.dtypes
     grad = grad.float()
-    given = dict.fromkeys(_ARGUMENTS)
+    given = dict.fromkeys(arguments)
     if needed["x"]:
-        weight = unscaled(codes, Scheme.parse(ctx.scheme), ctx.features, *rest)
-        given["x"] = ((grad * scale) @ weight).to(x_dtype)
+        given["x"] = times_weight(grad).to(x_dtype)
     if needed.get("bias"):
-        given["bias"] = grad.reshape(-1, codes.shape[0]).sum(0).to(bias_dtype)
+        given["bias"] = grad.reshape(-1, grad.shape[-1]).sum(0).to(bias_dtype)
     if needed.get("residual"):
         given["residual"] = grad.to(residual_dtype)
     return tuple(given.values())
+
+
+def check_not_meta(weight: Tensor, x: Tensor, what: str) -> None:
+    """DeviceError for a weight on the meta device and an x that is not: torch asks a fake for both."""
+    if weight.device.type == "meta" and x.device.type != "meta":
+        raise DeviceError(f"{what} is on the meta device, without data; load its values first")
 
 
 _library.impl("linear", _linear, "CPU")
@@ -177,5 +206,3 @@ torch.library.register_fake("halfbyte::linear", _linear_fake, lib=_library)
 torch.library.register_autograd("halfbyte::linear", _backward, setup_context=_save_for_backward, lib=_library)
 
 linear = torch.ops.halfbyte.linear.default
-
-_ARGUMENTS = tuple(argument.name for argument in linear._schema.arguments)

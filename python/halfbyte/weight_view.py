@@ -13,11 +13,11 @@ from .modules import shape_of
 
 if TYPE_CHECKING:
     from .embedding import QEmbedding
-    from .qlinear import QLinear
+    from .packed_layer import PackedLayer
 
 
 class WeightView:
-    """Stands for the dequantized weight [n, k] of a QLinear or a QEmbedding.
+    """Stands for the float32 weight [n, k] of a QLinear, a SparseLinear or a QEmbedding.
 
     Models read `layer.weight.dtype` or `.device` to prepare inputs, which costs nothing here; a torch
     function that is called with this object gets the dequantized float32 tensor. Code that would hand the
@@ -27,15 +27,15 @@ class WeightView:
 
     requires_grad = False
 
-    def __init__(self, layer: QLinear | QEmbedding):
+    def __init__(self, layer: PackedLayer | QEmbedding):
         self._layer = layer
         self.shape = torch.Size(shape_of(layer))
-        self.device = layer.weight_scale.device
+        self.device = layer.device
         self.dtype = layer.float_dtype
 
     def dequantize(self) -> Tensor:
         """The weight as a tensor of its own, float32."""
-        return self._layer.quantized.dequantize()
+        return self._layer.dequantize()
 
     @classmethod
     def __torch_function__(

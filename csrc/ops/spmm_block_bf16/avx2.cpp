@@ -21,8 +21,9 @@ constinit const GemmKernel kernel_avx2 = {
     .info = {"spmm_block_bf16_24x4x1_avx2", "avx2", isa_avx2},
     .wide = false,
     .grain = 1 << 16,
-    .grouped = {.mr = avx2::block_mr, .alone = avx2::block_mr, .row_step = avx2::width, .accumulators = 1,
-                .run = avx2::block_tile, .arrange = avx2::arrange, .strip_bytes = avx2::float_strip_bytes},
+    .grouped = {.mr = avx2::block_mr, .alone = avx2::block_mr, .row_step = avx2::width,
+                .accumulators = max_panels * avx2::block_mr, .run = avx2::block_tile,
+                .arrange = avx2::arrange, .strip_bytes = avx2::float_strip_bytes},
     .epilogue = avx2::grouped_epilogue,
     .plain = {},
 };

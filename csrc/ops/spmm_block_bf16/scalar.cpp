@@ -21,8 +21,9 @@ constinit const GemmKernel kernel_scalar = {
     .info = {"spmm_block_bf16_4x4x1_scalar", "scalar", isa_scalar},
     .wide = false,
     .grain = 1 << 11,
-    .grouped = {.mr = scalar::block_mr, .alone = scalar::block_mr, .row_step = scalar::width, .accumulators = 1,
-                .run = scalar::block_tile, .arrange = scalar::arrange, .strip_bytes = scalar::float_strip_bytes},
+    .grouped = {.mr = scalar::block_mr, .alone = scalar::block_mr, .row_step = scalar::width,
+                .accumulators = max_panels * scalar::block_mr, .run = scalar::block_tile,
+                .arrange = scalar::arrange, .strip_bytes = scalar::float_strip_bytes},
     .epilogue = scalar::grouped_epilogue,
     .plain = {},
 };

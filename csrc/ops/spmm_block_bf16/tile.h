@@ -1,17 +1,17 @@
 // Blocks of bfloat16 weights, which become float32 in L1, 64 at a time. Included by each ISA file after its simd header.
 #pragma once
-#include "tiles/blocks.h"
+#include "tiles/sparse/blocks.h"
 
 namespace halfbyte::HALFBYTE_ISA {
 namespace {
 
 class HalfFloatPanel {
  public:
-  explicit HalfFloatPanel(const TileArgs& t) {
-    const BlockPanel& panel = *reinterpret_cast<const BlockPanel*>(t.b);
+  explicit HalfFloatPanel(const uint8_t* begin) {
+    const BlockPanel& panel = *reinterpret_cast<const BlockPanel*>(begin);
     for (int h = 0; h < 2; ++h) {
-      index_[h] = reinterpret_cast<const uint32_t*>(t.b + panel.index[h]);
-      values_[h] = reinterpret_cast<const uint16_t*>(t.b + panel.lines[h]);
+      index_[h] = reinterpret_cast<const uint32_t*>(begin + panel.index[h]);
+      values_[h] = reinterpret_cast<const uint16_t*>(begin + panel.lines[h]);
       left_[h] = panel.count[h];
     }
   }

@@ -1,8 +1,8 @@
-// spmm_block_f32 on AVX512: tiles of 48 rows x 8 channels (tiles/blocks.h).
+// spmm_block_f32 on AVX512: tiles of 48 rows x 8 channels (tiles/sparse/blocks.h).
 #include "simd/avx512.h"
 
 #include "simd/epilogue.h"
-#include "tiles/blocks.h"
+#include "tiles/sparse/blocks.h"
 
 #include "ops/spmm_block_f32/kernel.h"
 
@@ -21,8 +21,9 @@ constinit const GemmKernel kernel_avx512 = {
     .info = {"spmm_block_f32_48x8x1_avx512", "avx512", isa_avx512},
     .wide = false,
     .grain = 1 << 17,
-    .grouped = {.mr = avx512::block_mr, .alone = avx512::block_mr, .row_step = avx512::width, .accumulators = 1,
-                .run = avx512::block_tile, .arrange = avx512::arrange, .strip_bytes = avx512::float_strip_bytes},
+    .grouped = {.mr = avx512::block_mr, .alone = avx512::block_mr, .row_step = avx512::width,
+                .accumulators = max_panels * avx512::block_mr, .run = avx512::block_tile,
+                .arrange = avx512::arrange, .strip_bytes = avx512::float_strip_bytes},
     .epilogue = avx512::grouped_epilogue,
     .plain = {},
 };

@@ -1,8 +1,8 @@
-// spmm_block_w8a8 on AVX512-VNNI: tiles of 48 rows x 8 channels (tiles/blocks.h).
+// spmm_block_w8a8 on AVX512-VNNI: tiles of 48 rows x 8 channels (tiles/sparse/blocks.h).
 #include "simd/vnni512.h"
 
 #include "simd/epilogue.h"
-#include "tiles/blocks_int8.h"
+#include "tiles/sparse/blocks_int8.h"
 
 #include "ops/spmm_block_w8a8/kernel.h"
 
@@ -14,7 +14,8 @@ constinit const GemmKernel kernel_avx512_vnni = {
     .grain = 1 << 19,
     .grouped = {},
     .epilogue = avx512_vnni::epilogue,
-    .plain = {.mr = avx512_vnni::block_mr, .alone = avx512_vnni::block_mr, .row_step = avx512_vnni::width, .accumulators = 1, .run = avx512_vnni::block_tile,
+    .plain = {.mr = avx512_vnni::block_mr, .alone = avx512_vnni::block_mr, .row_step = avx512_vnni::width,
+              .accumulators = max_panels * avx512_vnni::block_mr, .run = avx512_vnni::block_tile,
               .arrange = avx512_vnni::arrange_bytes, .strip_bytes = avx512_vnni::byte_strip_bytes, .offset = avx512_vnni::block_offset},
 };
 

@@ -2,7 +2,7 @@
 #include "simd/vnni256.h"
 
 #include "simd/epilogue.h"
-#include "tiles/blocks_int8.h"
+#include "tiles/sparse/blocks_int8.h"
 
 #include "ops/spmm_block_w8a8/kernel.h"
 
@@ -14,7 +14,8 @@ constinit const GemmKernel kernel_avx_vnni = {
     .grain = 1 << 18,
     .grouped = {},
     .epilogue = avx_vnni::epilogue,
-    .plain = {.mr = avx_vnni::block_mr, .alone = avx_vnni::block_mr, .row_step = avx_vnni::width, .accumulators = 1, .run = avx_vnni::block_tile,
+    .plain = {.mr = avx_vnni::block_mr, .alone = avx_vnni::block_mr, .row_step = avx_vnni::width,
+              .accumulators = max_panels * avx_vnni::block_mr, .run = avx_vnni::block_tile,
               .arrange = avx_vnni::arrange_bytes, .strip_bytes = avx_vnni::byte_strip_bytes, .offset = avx_vnni::block_offset},
 };
 

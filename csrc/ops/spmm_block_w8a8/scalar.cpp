@@ -2,7 +2,7 @@
 #include "simd/dot_scalar.h"
 
 #include "simd/epilogue.h"
-#include "tiles/blocks_int8.h"
+#include "tiles/sparse/blocks_int8.h"
 
 #include "ops/spmm_block_w8a8/kernel.h"
 
@@ -14,7 +14,8 @@ constinit const GemmKernel kernel_scalar = {
     .grain = 1 << 12,
     .grouped = {},
     .epilogue = scalar::epilogue,
-    .plain = {.mr = scalar::block_mr, .alone = scalar::block_mr, .row_step = scalar::width, .accumulators = 1, .run = scalar::block_tile,
+    .plain = {.mr = scalar::block_mr, .alone = scalar::block_mr, .row_step = scalar::width,
+              .accumulators = max_panels * scalar::block_mr, .run = scalar::block_tile,
               .arrange = scalar::arrange_bytes, .strip_bytes = scalar::byte_strip_bytes, .offset = scalar::block_offset},
 };
 

@@ -2,8 +2,8 @@
 #include "simd/vnni256.h"
 
 #include "simd/epilogue.h"
-#include "tiles/blocks_int8.h"
-#include "tiles/windows.h"
+#include "tiles/sparse/blocks_int8.h"
+#include "tiles/sparse/windows.h"
 
 #include "ops/spmm_nm_w8a8/kernel.h"
 
@@ -23,7 +23,8 @@ constinit const GemmKernel kernel_avx_vnni = {
     .grain = 1 << 18,
     .grouped = {},
     .epilogue = avx_vnni::epilogue,
-    .plain = {.mr = avx_vnni::block_mr, .alone = avx_vnni::block_mr, .row_step = avx_vnni::width, .accumulators = 1, .run = avx_vnni::window_tile,
+    .plain = {.mr = avx_vnni::block_mr, .alone = avx_vnni::block_mr, .row_step = avx_vnni::width,
+              .accumulators = max_panels * avx_vnni::block_mr, .run = avx_vnni::window_tile,
               .arrange = avx_vnni::arrange_bytes, .strip_bytes = avx_vnni::byte_strip_bytes, .offset = avx_vnni::block_offset},
 };
 

@@ -3,7 +3,7 @@
 #include "simd/avx512.h"
 
 #include "simd/epilogue.h"
-#include "tiles/masks.h"
+#include "tiles/sparse/masks.h"
 
 #include "ops/spmm_unstructured_f32/kernel.h"
 
@@ -78,8 +78,8 @@ constinit const GemmKernel kernel_avx512 = {
     .wide = false,
     .grain = 1 << 16,
     .grouped = {.mr = avx512::mask_mr, .alone = avx512::mask_mr, .row_step = avx512::width,
-                .accumulators = max_panels * avx512::mask_mr, .run = avx512::mask_tile, .arrange = avx512::arrange,
-                .strip_bytes = avx512::float_strip_bytes},
+                .accumulators = max_panels * avx512::mask_mr, .run = avx512::mask_tile,
+                .arrange = avx512::arrange, .strip_bytes = avx512::float_strip_bytes},
     .epilogue = avx512::grouped_epilogue,
     .plain = {},
 };

@@ -2,7 +2,7 @@
 #include "simd/scalar.h"
 
 #include "simd/epilogue.h"
-#include "tiles/masks.h"
+#include "tiles/sparse/masks.h"
 
 #include "ops/spmm_unstructured_f32/kernel.h"
 
@@ -21,8 +21,9 @@ constinit const GemmKernel kernel_scalar = {
     .info = {"spmm_unstructured_f32_8x1x1_scalar", "scalar", isa_scalar},
     .wide = false,
     .grain = 1 << 11,
-    .grouped = {.mr = scalar::mask_mr, .alone = scalar::mask_mr, .row_step = scalar::width, .accumulators = max_panels * scalar::mask_mr,
-                .run = scalar::mask_tile, .arrange = scalar::arrange, .strip_bytes = scalar::float_strip_bytes},
+    .grouped = {.mr = scalar::mask_mr, .alone = scalar::mask_mr, .row_step = scalar::width,
+                .accumulators = max_panels * scalar::mask_mr, .run = scalar::mask_tile,
+                .arrange = scalar::arrange, .strip_bytes = scalar::float_strip_bytes},
     .epilogue = scalar::grouped_epilogue,
     .plain = {},
 };

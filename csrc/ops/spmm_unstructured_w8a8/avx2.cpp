@@ -1,5 +1,5 @@
 // spmm_unstructured_w8a8 on AVX2: the windows become dense blocks in L1, so that bytes are saved, not time.
-#include "tiles/blocks_avx2.h"
+#include "tiles/sparse/blocks_avx2.h"
 
 #include "ops/spmm_unstructured_w8a8/kernel.h"
 
@@ -11,9 +11,9 @@ constinit const GemmKernel kernel_avx2 = {
     .grain = 1 << 17,
     .grouped = {},
     .epilogue = avx2::epilogue,
-    .plain = {.mr = avx2::block_rows, .alone = avx2::block_rows, .row_step = 1, .accumulators = 1,
-              .run = avx2::word_window_tile, .arrange = avx2::arrange_words,
-              .strip_bytes = avx2::word_strip_bytes},
+    .plain = {.mr = avx2::block_rows, .alone = avx2::block_rows, .row_step = 1,
+              .accumulators = max_panels * avx2::block_rows, .run = avx2::word_window_tile,
+              .arrange = avx2::arrange_words, .strip_bytes = avx2::word_strip_bytes},
 };
 
 }  // namespace halfbyte::spmm_unstructured_w8a8

@@ -1,5 +1,5 @@
 // spmm_unstructured_w8a8 on AVX512-VBMI.
-#include "tiles/avx512_vbmi.h"
+#include "tiles/sparse/avx512_vbmi.h"
 
 #include "ops/spmm_unstructured_w8a8/kernel.h"
 
@@ -11,9 +11,9 @@ constinit const GemmKernel kernel_avx512_vbmi = {
     .grain = 1 << 18,
     .grouped = {},
     .epilogue = avx512_vbmi::epilogue,
-    .plain = {.mr = avx512_vbmi::window_mr, .alone = avx512_vbmi::window_mr, .row_step = avx512_vbmi::at_once, .accumulators = 1,
-              .run = avx512_vbmi::window_tile, .arrange = avx512_vbmi::arrange_windows,
-              .strip_bytes = avx512_vbmi::window_strip_bytes, .offset = 128},
+    .plain = {.mr = avx512_vbmi::window_mr, .alone = avx512_vbmi::window_mr, .row_step = avx512_vbmi::at_once,
+              .accumulators = max_panels * avx512_vbmi::window_mr, .run = avx512_vbmi::window_tile,
+              .arrange = avx512_vbmi::arrange_windows, .strip_bytes = avx512_vbmi::window_strip_bytes, .offset = 128},
 };
 
 }  // namespace halfbyte::spmm_unstructured_w8a8

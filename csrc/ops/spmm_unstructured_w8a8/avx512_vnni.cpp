@@ -2,8 +2,8 @@
 #include "simd/vnni512.h"
 
 #include "simd/epilogue.h"
-#include "tiles/blocks_int8.h"
-#include "tiles/windows.h"
+#include "tiles/sparse/blocks_int8.h"
+#include "tiles/sparse/windows.h"
 
 #include "ops/spmm_unstructured_w8a8/kernel.h"
 
@@ -23,7 +23,8 @@ constinit const GemmKernel kernel_avx512_vnni = {
     .grain = 1 << 19,
     .grouped = {},
     .epilogue = avx512_vnni::epilogue,
-    .plain = {.mr = avx512_vnni::block_mr, .alone = avx512_vnni::block_mr, .row_step = avx512_vnni::width, .accumulators = 1, .run = avx512_vnni::window_tile,
+    .plain = {.mr = avx512_vnni::block_mr, .alone = avx512_vnni::block_mr, .row_step = avx512_vnni::width,
+              .accumulators = max_panels * avx512_vnni::block_mr, .run = avx512_vnni::window_tile,
               .arrange = avx512_vnni::arrange_bytes, .strip_bytes = avx512_vnni::byte_strip_bytes, .offset = avx512_vnni::block_offset},
 };
 

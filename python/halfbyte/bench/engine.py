@@ -30,19 +30,39 @@ class Sampler(Protocol):
 
 @dataclass
 class Timed:
-    """Seconds per call of `calls`, used in turn (several calls = several weight copies, for cold caches)."""
+    """Seconds per call of `calls`, used in turn (several calls = several weight copies, for cold caches).
+
+    elsewhere: makes that many of the calls in another process, and gives the seconds that they took there.
+    """
 
     name: str
     calls: Sequence[Callable[[], object]]
     round_seconds: float
     warm_calls: int
     inner: int = 1
+    elsewhere: Callable[[int], float] | None = None
     _cycle: itertools.cycle = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._cycle = itertools.cycle(self.calls)
         settle()  # what was built and called before this contestant may still spin
         self.inner = max(1, round(self.round_seconds / self._estimate()))
+
+    def _seconds(self, count: int) -> float:
+        """Of the next `count` calls together."""
+        if self.elsewhere:
+            return self.elsewhere(count)
+        batch = list(itertools.islice(self._cycle, count))
+        start = time.perf_counter()
+        for call in batch:
+            call()
+        return time.perf_counter() - start
+
+    def _fastest(self, count: int) -> float:
+        """Seconds of the fastest of the next `count` calls; of those made elsewhere the mean."""
+        if self.elsewhere:
+            return self.elsewhere(count) / count
+        return min(self._seconds(1) for _ in range(count))
 
     def _estimate(self) -> float:
         """Seconds per call after warm-up: the fastest of as many as fit a round, at least four of each.
@@ -52,29 +72,18 @@ class Timed:
         """
         best, start = float("inf"), time.perf_counter()
         for count in itertools.count(1):
-            begin = time.perf_counter()
-            next(self._cycle)()
-            now = time.perf_counter()
-            best = min(best, now - begin)
-            if count >= 4 * len(self.calls) and now - start > self.round_seconds:
+            best = min(best, self._fastest(1))
+            if count >= 4 * len(self.calls) and time.perf_counter() - start > self.round_seconds:
                 return max(best, 1e-9)
 
     def sample(self) -> float:
         # Untimed calls first, as many as will be timed but at most 32: they wake this contestant's threads
         # and, where the weights fit, refill the caches that the previous contestant emptied. A last-level
         # cache that takes what L2 evicts needs some ten passes over a 16 MB weight for that.
-        best = float("inf")
-        for _ in range(max(self.warm_calls, min(self.inner, 32))):
-            begin = time.perf_counter()
-            next(self._cycle)()
-            best = min(best, time.perf_counter() - begin)
+        best = self._fastest(max(self.warm_calls, min(self.inner, 32)))
         # The estimate was too high if other threads were still spinning then: 20 times on a call of 0.2 ms.
         self.inner = max(self.inner, round(self.round_seconds / best))
-        batch = list(itertools.islice(self._cycle, self.inner))
-        start = time.perf_counter()
-        for call in batch:
-            call()
-        return (time.perf_counter() - start) / self.inner
+        return self._seconds(self.inner) / self.inner
 
 
 @dataclass

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import groupby
 
 from ..tables import markdown_table, percent, significant, text_table
 from .ceilings import products_per_weight
@@ -14,12 +15,19 @@ _FOOTNOTE = (
     "% of ceilings and 'halfbyte is': medians of per-round quotients of this run. "
     "error: relative to the float64 product."
 )
+_SPARSE_FOOTNOTE = (
+    "Microseconds: median over rounds, and in brackets how many times as fast halfbyte is, the median of "
+    "per-round quotients. GOP/s counts 2*m*n*k, zeros included; % of peak counts nonzero weights alone. "
+    "halfbyte-dense has the same codes, zeros included; torch-csr and deepsparse as many zeros, anywhere."
+)
 
 
 def render(result: dict, style: str) -> str:
-    """`result` of the `run` of linear, overhead, model or decoder as style "table" or "markdown"."""
+    """`result` of the `run` of any kind of benchmark, as style "table" or "markdown"."""
     table = markdown_table if style == "markdown" else text_table
-    kinds = {"linear": _linear, "overhead": _overhead, "model": _model, "decoder": _decoder}
+    kinds = {
+        "linear": _linear, "sparse": _sparse, "overhead": _overhead, "model": _model, "decoder": _decoder
+    }  # fmt: skip
     body = kinds[result["kind"]](result, table)
     machine = result["machine"]
     packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
@@ -29,14 +37,8 @@ def render(result: dict, style: str) -> str:
 def _linear(result: dict, table: Table) -> list[str]:
     blocks = []
     for shape in result["results"]:
-        top = shape["ceilings"]
         half = ", half of it with 16-bit activations" if products_per_weight(shape["scheme"]) == 2 else ""
-        peak = f"int8 peak {top['int8'] / 1e9:.0f} GOP/s ({top['isa']}{half}), " if top["int8"] else ""
-        blocks.append(
-            f"{shape['m']}x{shape['n']}x{shape['k']} (m x n x k), {shape['scheme']}, "
-            f"{'cold' if shape['cold'] else 'warm'} weights; {peak}"
-            f"cache read {top['cache_read'] / 1e9:.0f} GB/s, DRAM read {top['dram_read'] / 1e9:.0f} GB/s"
-        )
+        blocks.append(_heading(shape, half))
         headers = ["", "us", "GOP/s", "% of peak", "GB/s", "% of read", "halfbyte is", "error", "what ran"]
         rows = [
             [
@@ -51,6 +53,57 @@ def _linear(result: dict, table: Table) -> list[str]:
         ]
         blocks.append(table(headers, rows))
     return [*blocks, _FOOTNOTE]
+
+
+def _heading(shape: dict, peak_note: str = "") -> str:
+    """What is multiplied, and the ceilings."""
+    top, peak = shape["ceilings"], ""
+    if any(row["of_peak"] for row in shape["rows"]):
+        peak = f"int8 peak {top['int8'] / 1e9:.0f} GOP/s ({top['isa']}{peak_note}), "
+    return (
+        f"{shape['m']}x{shape['n']}x{shape['k']} (m x n x k), {shape['scheme']}, "
+        f"{'cold' if shape['cold'] else 'warm'} weights; {peak}"
+        f"cache read {top['cache_read'] / 1e9:.0f} GB/s, DRAM read {top['dram_read'] / 1e9:.0f} GB/s"
+    )
+
+
+def _sparse(result: dict, table: Table) -> list[str]:
+    """A table for each shape and scheme, with a row for each sparsity and a column for each contestant."""
+    blocks = []
+    for _, group in groupby(result["results"], key=lambda s: (s["m"], s["n"], s["k"], s["scheme"])):
+        shapes = list(group)
+        blocks += [_heading(shapes[0]), table(*sparse_table(shapes)), _remarks(shapes)]
+    return [*blocks, _SPARSE_FOOTNOTE]
+
+
+def sparse_table(shapes: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
+    """Headers and cells of results of one shape and scheme: microseconds by sparsity, halfbyte's first."""
+    names = list(dict.fromkeys(row["name"] for shape in shapes for row in shape["rows"]))
+    rows = []
+    for shape in shapes:
+        mine, *others = shape["rows"]
+        times = {row["name"]: row for row in others}
+        rows.append([
+            percent(shape["sparsity"]), significant(mine["us"], 4), significant(mine["gops"]),
+            percent(mine["of_peak"]), significant(mine["gbps"]), _of_read(mine),
+            *(_us_and_ratio(times.get(name)) for name in names[1:]),
+        ])  # fmt: skip
+    return ["sparsity", names[0], "GOP/s", "% of peak", "GB/s", "% of read", *names[1:]], rows
+
+
+def _us_and_ratio(row: dict | None) -> str:
+    return f"{significant(row['us'], 4)} ({_times(row['ours_is_faster_by'])})" if row else "-"
+
+
+def _remarks(shapes: Sequence[dict]) -> str:
+    """A list of what ran, and of what did not and why; each once."""
+    ran = [f"{row['name']}: {row['note']}" for shape in shapes for row in shape["rows"]]
+    missing = [
+        f"{name}, {percent(shape['sparsity'])}: not measured: {reason}"
+        for shape in shapes
+        for name, reason in shape["unavailable"].items()
+    ]
+    return "\n".join(f"- {remark}" for remark in dict.fromkeys([*ran, *missing]))
 
 
 def _overhead(result: dict, table: Table) -> list[str]:

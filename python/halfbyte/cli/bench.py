@@ -1,4 +1,4 @@
-"""`halfbyte bench linear | overhead | model | decoder`: command line, output formats, files."""
+"""`halfbyte bench linear | sparse | overhead | model | decoder`: command line, output formats, files."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import itertools
 import json
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
-from ..bench import decoder, linear, model, overhead, plot
+from ..bench import decoder, linear, model, overhead, plot, sparse
 from ..bench.engine import progress
 from ..bench.machine import available_cores
-from ..bench.peers import PEERS, models
+from ..bench.peers import PEERS, PRUNED_PEERS, models
 from ..bench.render import render
+from ..errors import SchemeError
+from ..sparse.scheme import SparseScheme
 from .arguments import positive, schemes
 
 _DEFAULT_M, _DEFAULT_N, _DEFAULT_K = [1, 8, 32, 128, 512], [4096], [4096]
@@ -46,14 +49,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--vs", type=_names(PEERS), metavar="P,...",
         help=_peer_help(PEERS, "those that do the same job as the scheme"),
     )  # fmt: skip
-    one.add_argument(
-        "--cold", action="store_true", help="rotate through more weights than the last-level cache holds"
-    )
-    one.add_argument(
-        "--isa", help="run halfbyte as on a machine with this instruction set; peers are not affected"
-    )
+    _add_layer_options(one)
     one.add_argument("--plot", type=Path, metavar="FILE", help="draw the roofline (png, svg, pdf)")
     _add_common(one, rounds=15, round_ms=10)
+
+    pruned = kinds.add_parser("sparse", help="pruned layers against dense ones and other tools")
+    pruned.add_argument(
+        "--shape", type=_shapes(3), default=list(sparse.SHAPES), metavar="MxNxK,...",
+        help=f"whole shapes (default {','.join('x'.join(map(str, shape)) for shape in sparse.SHAPES)})",
+    )  # fmt: skip
+    pruned.add_argument(
+        "--scheme", type=_sparse_schemes, default=list(sparse.SCHEMES), metavar="S,...",
+        help=f"sparse schemes (default {','.join(sparse.SCHEMES)})",
+    )  # fmt: skip
+    pruned.add_argument(
+        "--sparsity", type=_sparsities, default=list(sparse.SPARSITIES), metavar="P,...",
+        help=f"shares of zeros, except for N:M (default {_join(sparse.SPARSITIES)})",
+    )  # fmt: skip
+    pruned.add_argument(
+        "--vs", type=_names(PRUNED_PEERS), metavar="P,...",
+        help=_peer_help(PRUNED_PEERS, "those that do the same job as the scheme"),
+    )  # fmt: skip
+    _add_layer_options(pruned)
+    _add_common(pruned, rounds=15, round_ms=10)
 
     call = kinds.add_parser("overhead", help="cost of one call of a tiny layer above its kernel")
     _add_common(call, rounds=25, round_ms=10, threads=False)
@@ -109,6 +127,12 @@ def run(args: argparse.Namespace) -> int:
             shapes, args.scheme, args.vs, args.threads, args.cold, args.isa, args.rounds, args.round_ms / 1000
         )
         result = linear.run(settings)
+    elif args.kind == "sparse":
+        settings = sparse.Settings(
+            args.shape, args.scheme, args.sparsity, args.vs, args.threads, args.cold, args.isa, args.rounds,
+            args.round_ms / 1000,
+        )  # fmt: skip
+        result = sparse.run(settings)
     elif args.kind == "overhead":
         result = overhead.run(args.rounds, args.round_ms / 1000)
     elif args.kind == "decoder":
@@ -147,6 +171,16 @@ def _unwritable(args: argparse.Namespace) -> str:
     return ""
 
 
+def _add_layer_options(parser: argparse.ArgumentParser) -> None:
+    """Options of the kinds that measure single layers."""
+    parser.add_argument(
+        "--cold", action="store_true", help="rotate through more weights than the last-level cache holds"
+    )
+    parser.add_argument(
+        "--isa", help="run halfbyte as on a machine with this instruction set; peers are not affected"
+    )
+
+
 def _add_common(
     parser: argparse.ArgumentParser, rounds: int, round_ms: float | None, threads: bool = True
 ) -> None:
@@ -172,6 +206,24 @@ def _add_common(
 
 def _integers(text: str) -> list[int]:
     return [positive(part) for part in text.split(",")]
+
+
+def _sparse_schemes(text: str) -> list[str]:
+    try:
+        return [str(SparseScheme.parse(part)) for part in text.split(",")]
+    except SchemeError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _sparsities(text: str) -> list[float]:
+    shares = [float(part) for part in text.split(",")]
+    for share in shares:
+        if not 0 <= share < 1:
+            raise argparse.ArgumentTypeError(f"{share} is no share of zeros: from 0 to below 1")
+    return shares
+
+
+_sparsities.__name__ = "sparsity"  # argparse names the type in its messages
 
 
 def _shapes(dimensions: int):
@@ -204,5 +256,5 @@ def _peer_help(known, default: str = "all") -> str:
     return f"compare with some of {', '.join(known)}, or none (default: {default})"
 
 
-def _join(values: list[int]) -> str:
+def _join(values: Iterable[float]) -> str:
     return ",".join(map(str, values))

@@ -8,12 +8,11 @@ from pathlib import Path
 
 from .. import manifest
 from ..errors import FormatError
-from ..scheme import Scheme
 from ..tables import mebibytes, text_table
 
 _BUFFERS = (
-    "weight_codes", "weight_scale", "weight_group_scale", "weight_zero", "weight_minimum", "bias",
-    "input_scale", "input_zero",
+    "weight_codes", "weight_scale", "weight_group_scale", "weight_zero", "weight_minimum", "weight_values",
+    "weight_crow", "weight_columns", "weight_positions", "bias", "input_scale", "input_zero",
 )  # fmt: skip
 _FLOAT_BYTES = 4  # the layers were float32 before
 
@@ -39,7 +38,8 @@ def examine(directory: Path) -> dict:
     layers = []
     for name, entry in saved.layers.items():
         prefix = f"{name}." if name else ""
-        shared = f"{prefix}weight_codes" in saved.aliases  # its bytes count where they are stored
+        weight = "weight_values" if entry.kind == "sparse" else "weight_codes"
+        shared = prefix + weight in saved.aliases  # its bytes count where they are stored
         own_bias = _FLOAT_BYTES * entry.out * (entry.bias and f"{prefix}bias" not in saved.aliases)
         layers.append(
             {
@@ -51,6 +51,7 @@ def examine(directory: Path) -> dict:
                 "bias": entry.bias,
                 "activation": entry.activation,
                 "static": entry.static,
+                "input_codes": _input_codes(entry),
                 "bytes": sum(tensors.get(prefix + buffer, 0) for buffer in _BUFFERS),
                 "float_bytes": _FLOAT_BYTES * entry.out * (0 if shared else entry.in_) + own_bias,
             }
@@ -73,14 +74,15 @@ def _shape(layer: dict) -> str:
     return f"{layer['in']} -> {layer['out']}"
 
 
-def _input_codes(layer: dict) -> str:
+def _input_codes(entry: manifest.LayerEntry) -> str:
     """How the activations get their scales."""
-    scheme = Scheme.parse(layer["scheme"])
-    if layer["kind"] == "embedding":
+    if entry.kind == "embedding":
         return "-"
-    if layer["static"]:
+    if entry.static:
         return "fixed scale"
-    return "per token" if scheme.per_token else f"per token and {scheme.fold_group} features"
+    if entry.scheme.per_token:
+        return "per token"
+    return "none" if entry.kind == "sparse" else f"per token and {entry.scheme.fold_group} features"
 
 
 def _tensor_bytes(path: Path) -> dict[str, int]:
@@ -105,18 +107,19 @@ def _text(found: dict) -> str:
             layer["scheme"],
             "bias" if layer["bias"] else "-",
             layer["activation"],
-            _input_codes(layer),
+            layer["input_codes"],
             mebibytes(layer["bytes"]),
         ]
         for layer in layers
     ]
+    kinds = "quantized or sparse" if any(x["kind"] == "sparse" for x in layers) else "quantized"
     quantized, before = (sum(layer[key] for layer in layers) for key in ("bytes", "float_bytes"))
     return "\n\n".join(
         [
             f"{found['directory']}: written by halfbyte {found['halfbyte_version']}\n"
             f"{found['file']}: {mebibytes(found['bytes'])}, {found['tensors']} tensors, SHA-256 as saved",
             text_table(["layer", "in -> out", "scheme", "bias", "activation", "input codes", "size"], rows),
-            f"{len(layers)} quantized layers: {mebibytes(quantized)}, as float32 {mebibytes(before)}; "
+            f"{len(layers)} {kinds} layers: {mebibytes(quantized)}, as float32 {mebibytes(before)}; "
             f"the rest of the file {mebibytes(found['bytes'] - quantized)}; "
             f"{len(found['shared'])} names share a tensor.",
         ]

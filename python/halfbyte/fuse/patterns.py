@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import _core, dispatch
 from ..ops import ACTIVATIONS
-from ..qlinear import QLinear
+from ..packed_layer import PackedLayer
 from .attach import Fused, argument_names, check_input
 from .parts import activation_of
 from .stack import _GLOBAL_HOOKS, _HOOKS, CannotFuse
@@ -57,7 +57,7 @@ class FusedPatterns(Fused):
 
 def family(module: nn.Module) -> type[Fused] | None:
     """FusedPatterns for a module that has something for it."""
-    if not any(isinstance(child, QLinear) for child in module._modules.values()):
+    if not any(isinstance(child, PackedLayer) for child in module._modules.values()):
         return None
     return FusedPatterns if _Program(module).found else None
 
@@ -101,7 +101,7 @@ class _Program:
 
     def _operation(self, number: int, step: Step) -> _Operation:
         call = self._children[step.call] if isinstance(step.call, str) else step.call
-        plain = _Operation(call, step.arguments, number, call if isinstance(call, QLinear) else None)
+        plain = _Operation(call, step.arguments, number, call if isinstance(call, PackedLayer) else None)
         if (name := _activation(call)) and (before := self._single(step.arguments[0])) and before.linear:
             self._take(before, _ACTIVATION)
             if isinstance(call, nn.Module):
@@ -136,13 +136,13 @@ class _Operation(NamedTuple):
     call: Callable | None
     arguments: tuple[int, ...]
     result: int
-    linear: QLinear | None = None  # that `call` is
+    linear: PackedLayer | None = None  # that `call` is
 
 
 class _WithActivation:
     """A layer and the activation that follows it."""
 
-    def __init__(self, linear: QLinear, name: str, activation: Callable):
+    def __init__(self, linear: PackedLayer, name: str, activation: Callable):
         self._linear, self._code, self._activation = linear, ACTIVATIONS[name], activation
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -157,7 +157,7 @@ class _WithActivation:
 class _WithResidual:
     """A layer and the sum that follows it."""
 
-    def __init__(self, linear: QLinear):
+    def __init__(self, linear: PackedLayer):
         self._linear = linear
 
     def __call__(self, x: Tensor, residual: Tensor) -> Tensor:
@@ -176,7 +176,7 @@ def _multiply(gate: Tensor, up: Tensor) -> Tensor:
 
 def _activation(call: Callable) -> str:
     """The name of an activation that need not be called; empty for anything else."""
-    if isinstance(call, QLinear) or (isinstance(call, nn.Module) and _is_seen(call)):
+    if isinstance(call, PackedLayer) or (isinstance(call, nn.Module) and _is_seen(call)):
         return ""
     try:
         name = activation_of(call)

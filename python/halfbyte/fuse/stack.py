@@ -18,8 +18,7 @@ from ..arrays import kind_of, wraps
 from ..dispatch import isa_errors
 from ..ops import ACTIVATIONS
 from ..pack import pack
-from ..qlinear import QLinear, held
-from ..quantized_tensor import PARTS, QuantizedTensor
+from ..packed_layer import PackedLayer, held
 from ..torch_ops import state
 
 if TYPE_CHECKING:
@@ -46,15 +45,15 @@ class CannotFuse(Exception):
 
 @dataclass(frozen=True)
 class Rows:
-    """Output rows begin .. end-1 of a merged projection, a float weight [n, k] or a QLinear; their bias."""
+    """Rows begin .. end-1 of a merged projection's outputs, of a float weight [n, k] or a packed layer."""
 
-    of: Tensor | QLinear
+    of: Tensor | PackedLayer
     begin: int
     end: int
-    bias: Tensor | None = None  # [end - begin]; that of a QLinear is taken from it
+    bias: Tensor | None = None  # [end - begin]; that of a packed layer is taken from it
 
 
-LinearLike = nn.Linear | QLinear | Rows
+LinearLike = nn.Linear | PackedLayer | Rows
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,7 @@ def recording(record: Callable[[StackRun], None]) -> Iterator[None]:
 class FusedStack:
     """A StackSpec packed for the kernels of this machine. Immutable: made anew where `unchanged` says no.
 
-    Layers that are quantized share their packs; float ones are packed as float32. Raises CannotFuse.
+    Quantized and sparse layers share their packs; float ones are packed as float32. Raises CannotFuse.
     """
 
     def __init__(self, spec: StackSpec):
@@ -317,9 +316,9 @@ class FusedStack:
         if linear is None:
             return None
         static = (0.0, 0)
-        if isinstance(linear, QLinear):
+        if isinstance(linear, PackedLayer):
             packed, bias, static = _own_pack(linear), linear.bias, linear.static or static
-        elif isinstance(linear, Rows) and isinstance(linear.of, QLinear):
+        elif isinstance(linear, Rows) and isinstance(linear.of, PackedLayer):
             packed = _rows_of(linear.of, linear.begin, linear.end)
             bias = None if linear.of.bias is None else linear.of.bias[linear.begin : linear.end]
             static = linear.of.static or static
@@ -350,21 +349,18 @@ def _check_tensor(tensor: Tensor) -> None:
         raise CannotFuse(f"it holds a {type(tensor).__name__} of {tensor.dtype}")
 
 
-def _own_pack(linear: QLinear):
+def _own_pack(linear: PackedLayer):
     if linear.activation != "none":
         raise CannotFuse(f"its {linear.name} has an activation of its own ({linear.activation})")
-    if linear.weight_scale.device.type != "cpu":
-        raise CannotFuse(f"its {linear.name} is on {linear.weight_scale.device}; the kernels run on the CPU")
+    if linear.device.type != "cpu":
+        raise CannotFuse(f"its {linear.name} is on {linear.device}; the kernels run on the CPU")
     return linear._prepare().core
 
 
-def _rows_of(linear: QLinear, begin: int, end: int):
-    """Packs some rows of a quantized layer."""
+def _rows_of(linear: PackedLayer, begin: int, end: int):
+    """Packs some rows of a quantized or sparse layer."""
     _own_pack(linear)
-    q = linear.quantized
-    parts = {name: None if (part := getattr(q, name)) is None else part[begin:end] for name in PARTS}
-    codes, scale = parts.pop("codes"), parts.pop("scale")
-    return pack(QuantizedTensor(codes, scale, q.scheme, q.shape[1], *parts.values())).core
+    return pack(linear.packable.rows(begin, end)).core
 
 
 def _pack_float(weight: Tensor, begin: int, end: int):

@@ -14,10 +14,10 @@ from ..fuse.attach import fused_of
 from ..fuse.patterns import FusedPatterns
 from ..fuse.stack import FusedStack, StackRun
 from ..modules import is_embedding, is_linear, shape_of
-from ..qlinear import QLinear
+from ..packed_layer import PackedLayer
 from .record import Span
 from .stacks import Part, StackParts, spent
-from .work import NOTHING, Work, quantized_layers
+from .work import NOTHING, Work, packed_layers
 
 BETWEEN = "between"  # the op of what a module does besides calling its parts
 CALL, MODEL = "(the call)", "(the model)"
@@ -119,12 +119,12 @@ def is_row(span: Span) -> bool:
 
 def _part(module: nn.Module) -> Part:
     kind = type(module).__name__
-    if isinstance(module, QLinear):
+    if isinstance(module, PackedLayer):
         return Part(module.scheme.op, _core.select(module.scheme.op), _shape(module))
     if isinstance(module, QEmbedding):
         return Part(EMBEDDING_OP, _core.select(EMBEDDING_OP), _shape(module))
     if isinstance(fused_of(module), FusedPatterns):
-        layers = quantized_layers(module)
+        layers = packed_layers(module)
         ops = list(dict.fromkeys(layer.scheme.op for layer in layers))
         return Part("+".join(ops), ", ".join(map(_core.select, ops)), ", ".join(map(_shape, layers)))
     if is_linear(module) or is_embedding(module):

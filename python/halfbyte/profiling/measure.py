@@ -8,15 +8,16 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial, reduce
+from functools import reduce
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..bench.engine import progress
 from ..dispatch import get_num_threads
 from ..fuse.attach import Fused, fused_of
 from ..modules import check_module
+from ..timing import caller, evaluation
 from .account import BETWEEN, Account, Key, Names, Sum
 from .limits import Limits, least_time
 from .record import Recorder
@@ -44,11 +45,11 @@ def profile(
     for name, value in (("rounds", rounds), ("warmup", warmup)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"profile: {name} is {value!r}; it must be a whole number of at least 1")
-    call = _caller(model, inputs)
+    call = caller(model, inputs)
     taken = [(name, module, fused) for name, module in model.named_modules() if (fused := fused_of(module))]
     before = {fused: (fused.calls, Counter(fused.unfused)) for _, _, fused in taken}
     names = Names(model)
-    with _evaluation(model), torch.no_grad(), _without_gc():
+    with evaluation(model), torch.no_grad(), _without_gc():
         for _ in range(warmup):
             call()
         unfused = {fused for fused, (calls, _) in before.items() if fused.calls == calls}
@@ -81,16 +82,6 @@ def profile(
         ceilings=rates,
         trace=trace_events(type(model).__name__, sorted_[(rounds - 1) // 2], names),
     )
-
-
-def _caller(model: nn.Module, inputs: object) -> Callable[[], object]:
-    if isinstance(inputs, Mapping):
-        return partial(model, **inputs)
-    if isinstance(inputs, (tuple, list)):
-        return partial(model, *inputs)
-    if callable(inputs) and not isinstance(inputs, Tensor):
-        return inputs
-    return partial(model, inputs)
 
 
 def _recorded(recorder: Recorder, call: Callable[[], object], names: Names) -> Account:
@@ -129,17 +120,6 @@ def _rows(accounts: list[Account], rates: Mapping[str, float]) -> list[Row]:
 def _fused(name: str, module: nn.Module, fused: Fused, calls: int, unfused: Counter[str]) -> FusedModule:
     reasons = dict(Counter(fused.unfused) - unfused)
     return FusedModule(name or type(module).__name__, fused.kind, fused.what, fused.calls - calls, reasons)
-
-
-@contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 @contextmanager

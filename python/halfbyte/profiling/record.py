@@ -16,7 +16,7 @@ from ..embedding import QEmbedding
 from ..fuse.attach import Fused, fused_of
 from ..fuse.patterns import FusedPatterns
 from ..fuse.stack import StackRun, recording
-from ..qlinear import QLinear
+from ..packed_layer import PackedLayer
 from .work import NOTHING, Counter, Work, counter_of, patterns_counter
 
 _clock = time.perf_counter_ns  # CLOCK_MONOTONIC, as std::chrono::steady_clock, which times the stacks
@@ -176,7 +176,7 @@ def _takes_short_way(module: nn.Module) -> bool:
     return (
         isinstance(module, nn.TransformerEncoderLayer)
         and fused_of(module) is None
-        and not any(isinstance(part, (QLinear, QEmbedding)) for part in module.modules())
+        and not any(isinstance(part, (PackedLayer, QEmbedding)) for part in module.modules())
     )
 
 

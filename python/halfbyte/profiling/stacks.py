@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import _core
 from ..fuse.stack import FusedStack, LinearLike, Rows, StackRun
-from ..qlinear import QLinear
+from ..packed_layer import PackedLayer
 from .work import FLOAT, NOTHING, Work, linear_work, unit_of
 
 PHASES = ("input", "qkv", "rope", "attention", "o", "up", "down", "output")
@@ -196,17 +196,17 @@ class _Size(NamedTuple):
     op: str
     bytes: float
     unit: str
-    products: int
+    products: float
 
 
 def _size(linear: LinearLike) -> _Size:
     """Of the weight as it is packed, and its bias."""
     of = linear.of if isinstance(linear, Rows) else linear
-    if isinstance(of, QLinear):
+    if isinstance(of, PackedLayer):
         n, k = (linear.end - linear.begin if isinstance(linear, Rows) else of.out_features), of.in_features
         weight_bytes = of._prepare().nbytes * n / of.out_features
         bias = 0 if of.bias is None else n * _FLOAT_BYTES
-        return _Size(n, k, of.scheme.op, weight_bytes + bias, *unit_of(of.scheme))
+        return _Size(n, k, of.scheme.op, weight_bytes + bias, *unit_of(of))
     weight = of if isinstance(of, Tensor) else of.weight
     n, k = weight.shape
     if isinstance(linear, Rows):

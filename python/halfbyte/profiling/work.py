@@ -13,7 +13,7 @@ from ..arrays import wraps
 from ..bench.ceilings import products_per_weight
 from ..embedding import QEmbedding
 from ..modules import is_embedding, is_linear, shape_of
-from ..qlinear import QLinear
+from ..packed_layer import PackedLayer
 from ..scheme import Scheme
 
 FLOAT = "float32"  # in Work.units: multiply-adds of floats, whatever the instruction set
@@ -51,8 +51,8 @@ Counter = Callable[[tuple, dict, object], Work]
 
 def counter_of(module: nn.Module) -> Counter:
     """Counts calls of a module that has no parts, each from its arguments and what it returned."""
-    if isinstance(module, QLinear):
-        return _linear(module, module._prepare().nbytes, *unit_of(module.scheme))
+    if isinstance(module, PackedLayer):
+        return _linear(module, module._prepare().nbytes, *unit_of(module))
     if is_linear(module):
         in_float32 = module.weight.dtype is torch.float32 and not wraps(module.weight)
         return _linear(module, module.weight.nbytes, FLOAT if in_float32 else "", 1)
@@ -66,8 +66,8 @@ def counter_of(module: nn.Module) -> Counter:
 
 
 def patterns_counter(module: nn.Module) -> Counter:
-    """Counts calls of a module whose quantized layers take along what follows them, as if each ran once."""
-    layers = quantized_layers(module)
+    """Counts calls of a module whose packed layers take along what follows them, as if each ran once."""
+    layers = packed_layers(module)
     weights = [layer._prepare().nbytes + _bytes_of_bias(layer) for layer in layers]
 
     def count(args: tuple, kwargs: dict, output: object) -> Work:
@@ -76,20 +76,25 @@ def patterns_counter(module: nn.Module) -> Counter:
         for layer, weight_bytes in zip(layers, weights, strict=True):
             n, k = layer.out_features, layer.in_features
             moved = rows * (n + k) * x.itemsize
-            total += linear_work(rows, n, k, weight_bytes, moved, *unit_of(layer.scheme))
+            total += linear_work(rows, n, k, weight_bytes, moved, *unit_of(layer))
         return total
 
     return count
 
 
-def quantized_layers(module: nn.Module) -> list[QLinear]:
+def packed_layers(module: nn.Module) -> list[PackedLayer]:
     """Those that are children of a module."""
-    return [child for child in module._modules.values() if isinstance(child, QLinear)]
+    return [child for child in module._modules.values() if isinstance(child, PackedLayer)]
 
 
-def unit_of(scheme: Scheme) -> tuple[str, int]:
-    """What multiplies weights of a scheme on this machine, and how many int8 products each of them takes."""
-    return isa_of(_core.select(scheme.op)), products_per_weight(scheme)
+def unit_of(layer: PackedLayer) -> tuple[str, float]:
+    """What multiplies the weights of a layer on this machine, and how many products each of them takes on the
+    average: of int8, or of floats; none for a weight that is not stored.
+    """
+    scheme = layer.scheme
+    if isinstance(scheme, Scheme):
+        return isa_of(_core.select(scheme.op)), products_per_weight(scheme)
+    return isa_of(_core.select(scheme.op)) if scheme.per_token else FLOAT, layer.density
 
 
 def isa_of(kernel: str) -> str:
@@ -98,15 +103,15 @@ def isa_of(kernel: str) -> str:
 
 
 def linear_work(
-    rows: int, n: int, k: int, weight_bytes: float, other_bytes: float, unit: str, products: int
+    rows: int, n: int, k: int, weight_bytes: float, other_bytes: float, unit: str, products: float
 ) -> Work:
     """Of rows times weights. other_bytes: input, output and whatever else is not the weight."""
-    operations = 2 * rows * n * k
-    units = {unit: products * operations} if unit else {}
+    operations = 2 * rows * n * k * min(products, 1)  # not those that zeros would take
+    units = {unit: 2 * rows * n * k * products} if unit else {}
     return Work(operations, weight_bytes + other_bytes, weight_bytes, units)
 
 
-def _linear(module: nn.Module, weight_bytes: float, unit: str, products: int) -> Counter:
+def _linear(module: nn.Module, weight_bytes: float, unit: str, products: float) -> Counter:
     n, k = shape_of(module)
     weight_bytes += _bytes_of_bias(module)
 

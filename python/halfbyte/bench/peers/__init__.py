@@ -34,6 +34,13 @@ PEERS = {
 QUANTIZED_PEERS = frozenset(PEERS) - {"torch-fp32", "torch-bf16"}
 # Those that multiply int8 by int8, given int8 activations.
 INT8_PEERS = QUANTIZED_PEERS - {"torch-int8pack", "torch-int4pack"}
+# Those of `bench sparse`, on a float32 weight with zeros.
+PRUNED_PEERS = {
+    "torch-fp32": "torch_fp32",
+    "torch-bf16": "torch_bf16",
+    "torch-csr": "torch_csr",
+    "deepsparse": "deepsparse",
+}
 # What a scheme is compared with where nobody says: tools that can do the same job.
 _EVERYWHERE = ("torch-fp32", "torch-bf16", "onnxruntime-nbits", "openvino")
 _DEFAULTS = {
@@ -83,6 +90,8 @@ class Layer:
     output: Callable[[], np.ndarray]  # runs the first copy
     weight_bytes: int  # read by one call
     note: str
+    # For a tool in another process: makes so many calls there, and gives the seconds that they took.
+    elsewhere: Callable[[int], float] | None = None
 
 
 class UnavailableError(Exception):
@@ -102,7 +111,7 @@ def multiplies_int8(name: str, scheme: Scheme) -> bool:
 def build(name: str, problem: Problem) -> Layer:
     """Build peer `name`; whatever goes wrong ends in UnavailableError with the tool's own words."""
     with failures_are_reasons():
-        return importlib.import_module(f".{PEERS[name]}", __name__).build(problem)
+        return importlib.import_module(f".{(PEERS | PRUNED_PEERS)[name]}", __name__).build(problem)
 
 
 @contextlib.contextmanager

@@ -1,9 +1,9 @@
-// Tiles of int8 blocks (tiles/blocks.h), with the dot product of the ISA: activations u8, a + 128, times weights s8. Weights
+// Tiles of int8 blocks (tiles/sparse/blocks.h), with the dot product of the ISA: activations u8, a + 128, times weights s8. Weights
 // in windows become blocks of all their k first, where no instruction gathers bytes.
 #pragma once
 #include <string.h>
 
-#include "tiles/blocks.h"
+#include "tiles/sparse/blocks.h"
 
 namespace halfbyte::HALFBYTE_ISA {
 namespace {

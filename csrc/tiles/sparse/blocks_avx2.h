@@ -4,7 +4,7 @@
 #pragma once
 #include "core/sparse_panel.h"
 #include "tiles/avx2.h"
-#include "tiles/windows.h"
+#include "tiles/sparse/windows.h"
 
 namespace halfbyte::avx2 {
 namespace {
@@ -29,7 +29,7 @@ struct WordList {
 
 // out[r][0..7] (+)= the products of 8 channels of the blocks of a half, from byte `first` of each.
 template <int rows>
-void word_blocks(const WordList& list, int first, const int16_t* strip, int64_t row_codes, bool add, int32_t* out) {
+void word_blocks(const WordList& list, int first, const int16_t* strip, int64_t row_codes, bool add, int32_t* out, int64_t ld) {
   I acc[rows][2];
 #pragma GCC unroll 6
   for (int r = 0; r < rows; ++r) acc[r][0] = acc[r][1] = _mm256_setzero_si256();
@@ -47,42 +47,55 @@ void word_blocks(const WordList& list, int first, const int16_t* strip, int64_t 
   }
 #pragma GCC unroll 6
   for (int r = 0; r < rows; ++r) {
-    int32_t* const to = out + r * panel_width;
+    int32_t* const to = out + r * ld;
     const I sum = join(acc[r][0], acc[r][1]);
     store_i(to, add ? add_i(load_i(to), sum) : sum);
   }
 }
 
-using WordBlocks = void (*)(const WordList&, int, const int16_t*, int64_t, bool, int32_t*);
+using WordBlocks = void (*)(const WordList&, int, const int16_t*, int64_t, bool, int32_t*, int64_t);
 constexpr WordBlocks word_rows[strip] = {word_blocks<1>, word_blocks<2>, word_blocks<3>,
                                          word_blocks<4>, word_blocks<5>, word_blocks<6>};
 
-void multiply_lists(const TileArgs& t, const WordList (&lists)[2], bool add) {
+void multiply_lists(const TileArgs& t, const WordList (&lists)[2], bool add, int32_t* out) {
   const int strips = (t.rows + strip - 1) / strip;
+  const int64_t ld = int64_t{t.panels} * panel_width;
   for (int half = 0; half < 2; ++half) {
     for (int i = 0; i < strips; ++i) {
       const Strip s = strip_of(t.rows, strips, i);
       for (int first = 0; first < half_panel; first += group_channels) {
         word_rows[s.rows - 1](lists[half], first * quad, static_cast<const int16_t*>(t.a) + s.begin * quad, int64_t{t.rows} * quad,
-                              add, t.acc + s.begin * panel_width + half * half_panel + first);
+                              add, out + s.begin * ld + half * half_panel + first, ld);
       }
     }
   }
 }
 
-[[maybe_unused]] void word_block_tile(const TileArgs& t) {
-  const BlockPanel& panel = *reinterpret_cast<const BlockPanel*>(t.b);
-  WordList lists[2];
-  for (int h = 0; h < 2; ++h) {
-    lists[h] = {reinterpret_cast<const uint16_t*>(t.b + panel.index[h]), t.b + panel.lines[h], panel.count[h]};
+// Calls multiply(panel, its sums) for each panel.
+template <class Multiply>
+HALFBYTE_INLINE void for_panels(const TileArgs& t, Multiply&& multiply) {
+  for (int p = 0; p < t.panels; ++p) {
+    multiply(t.b + (t.panel_offsets[p] - t.panel_offsets[0]), t.acc + p * panel_width);
   }
-  multiply_lists(t, lists, false);
+}
+
+[[maybe_unused]] void word_block_tile(const TileArgs& t) {
+  for_panels(t, [&](const uint8_t* begin, int32_t* out) {
+    const BlockPanel& panel = *reinterpret_cast<const BlockPanel*>(begin);
+    WordList lists[2];
+    for (int h = 0; h < 2; ++h) {
+      lists[h] = {reinterpret_cast<const uint16_t*>(begin + panel.index[h]), begin + panel.lines[h], panel.count[h]};
+    }
+    multiply_lists(t, lists, false, out);
+  });
 }
 
 [[maybe_unused]] void word_window_tile(const TileArgs& t) {
-  ExpandedWindows source(t);
-  WordList lists[2];
-  for (bool add = false; source.next(lists); add = true) multiply_lists(t, lists, add);
+  for_panels(t, [&](const uint8_t* begin, int32_t* out) {
+    ExpandedWindows source(begin);
+    WordList lists[2];
+    for (bool add = false; source.next(lists); add = true) multiply_lists(t, lists, add, out);
+  });
 }
 
 }  // namespace

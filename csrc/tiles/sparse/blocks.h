@@ -7,7 +7,7 @@
 // peak of a Zen 5 against 60-75 %. A half is then walked twice, for 24 accumulators.
 #pragma once
 #include "core/sparse_panel.h"
-#include "tiles/strips.h"
+#include "tiles/sparse/strips.h"
 
 namespace halfbyte::HALFBYTE_ISA {
 namespace {
@@ -38,9 +38,9 @@ struct List {
   int64_t count;
 };
 
-// out[r][half * 16 + c] (+)= the products of the blocks of `halves` halves.
+// out[r][half * 16 + c] (+)= the products of the blocks of `halves` halves. ld: between rows of out.
 template <class Units, int rows, int halves>
-void few(const List<Units>* lists, const uint8_t* strip, bool add, float* out) {
+void few(const List<Units>* lists, const uint8_t* strip, bool add, float* out, int64_t ld) {
   typename Units::Sum sum[halves][rows][per_half];
 #pragma GCC unroll 2
   for (int h = 0; h < halves; ++h)
@@ -48,7 +48,7 @@ void few(const List<Units>* lists, const uint8_t* strip, bool add, float* out) {
     for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 16
       for (int v = 0; v < per_half; ++v) {
-        sum[h][r][v] = add ? Units::load_sum(out + r * panel_width + h * half_panel + v * width) : Units::zero();
+        sum[h][r][v] = add ? Units::load_sum(out + r * ld + h * half_panel + v * width) : Units::zero();
       }
   const auto block = [&](const List<Units>& list, int64_t i, typename Units::Sum (&to)[rows][per_half])
                          __attribute__((always_inline)) {
@@ -80,7 +80,7 @@ void few(const List<Units>* lists, const uint8_t* strip, bool add, float* out) {
 #pragma GCC unroll 12
     for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 16
-      for (int v = 0; v < per_half; ++v) Units::store_sum(out + r * panel_width + h * half_panel + v * width, sum[h][r][v]);
+      for (int v = 0; v < per_half; ++v) Units::store_sum(out + r * ld + h * half_panel + v * width, sum[h][r][v]);
 }
 
 // out[c][lane] (+)= the products of the blocks of a half, with rows in the lanes of `vectors` vectors.
@@ -124,7 +124,7 @@ template <class Units>
 struct WholePanel {
   const uint8_t* const begin;
   bool done = false;
-  explicit WholePanel(const TileArgs& t) : begin(t.b) {}
+  explicit WholePanel(const uint8_t* panel) : begin(panel) {}
   bool next(List<Units> (&lists)[2]) {
     if (done) return false;
     const BlockPanel& panel = *reinterpret_cast<const BlockPanel*>(begin);
@@ -136,15 +136,15 @@ struct WholePanel {
 };
 
 template <class Units>
-using TileOfLists = void (*)(const List<Units> (&lists)[2], const uint8_t* strip, bool add, float* out);
+using TileOfLists = void (*)(const List<Units> (&lists)[2], const uint8_t* strip, bool add, float* out, int64_t ld);
 
 template <class Units, int rows>
-void few_tile(const List<Units> (&lists)[2], const uint8_t* strip, bool add, float* out) {
+void few_tile(const List<Units> (&lists)[2], const uint8_t* strip, bool add, float* out, int64_t ld) {
   if constexpr (width == 16) {
-    few<Units, rows, 2>(lists, strip, add, out);
+    few<Units, rows, 2>(lists, strip, add, out, ld);
   } else {
-    few<Units, rows, 1>(lists, strip, add, out);
-    few<Units, rows, 1>(lists + 1, strip, add, out + half_panel);
+    few<Units, rows, 1>(lists, strip, add, out, ld);
+    few<Units, rows, 1>(lists + 1, strip, add, out + half_panel, ld);
   }
 }
 template <class Units, int rows>
@@ -159,7 +159,7 @@ constexpr TileOfLists<Units> few_tiles[12] = {
     few_or_none<Units, 9>(), few_or_none<Units, 10>(), few_or_none<Units, 11>(), few_or_none<Units, 12>()};
 
 template <class Units, int vectors>
-void many_tile(const List<Units> (&lists)[2], const uint8_t* strip, bool add, float* sums) {
+void many_tile(const List<Units> (&lists)[2], const uint8_t* strip, bool add, float* sums, int64_t) {
   constexpr int channels = width == 16 && vectors == 1 ? 16 : channels_at_once;
   many<Units, channels, vectors>(lists[0], strip, add, sums);
   many<Units, channels, vectors>(lists[1], strip, add, sums + half_panel * vectors * width);
@@ -168,18 +168,20 @@ template <class Units>
 constexpr TileOfLists<Units> many_tiles[4] = {many_tile<Units, 1>, many_tile<Units, 2>, many_tile<Units, 3>,
                                               many_tile<Units, most_vectors>};
 
-// Source: gives the blocks of a panel, list by list. out: [rows][32].
+// Source: made of where a panel begins, gives its blocks, list by list. out: [rows][panels * 32].
 template <class Units, class Source>
 HALFBYTE_INLINE void multiply_blocks(const TileArgs& t, float* out) {
   const auto* const strip = static_cast<const uint8_t*>(t.a);
   alignas(64) float sums[panel_width * block_mr];
-  const int64_t lanes = lanes_of(t.rows);
+  const int64_t lanes = lanes_of(t.rows), ld = int64_t{t.panels} * panel_width;
   const bool is_few = t.rows <= few_rows;
   const TileOfLists<Units> tile = is_few ? few_tiles<Units>[t.rows - 1] : many_tiles<Units>[lanes / width - 1];
-  Source source(t);
-  List<Units> lists[2];
-  for (bool add = false; source.next(lists); add = true) tile(lists, strip, add, is_few ? out : sums);
-  if (!is_few) rows_of_channels(sums, lanes, panel_width, t.rows, out, panel_width);
+  for (int p = 0; p < t.panels; ++p, out += panel_width) {
+    Source source(t.b + (t.panel_offsets[p] - t.panel_offsets[0]));
+    List<Units> lists[2];
+    for (bool add = false; source.next(lists); add = true) tile(lists, strip, add, is_few ? out : sums, ld);
+    if (!is_few) rows_of_channels(sums, lanes, panel_width, t.rows, out, ld);
+  }
 }
 
 }  // namespace

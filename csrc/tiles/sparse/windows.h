@@ -1,5 +1,5 @@
 // Weights in windows of 64 k (core/sparse_panel.h) as dense blocks of 16 channels x 4 k: for instruction sets that do not gather
-// bytes within a register. Included after tiles/blocks.h or simd/avx2.h.
+// bytes within a register. Included after tiles/sparse/blocks.h or simd/avx2.h.
 #pragma once
 #include <string.h>
 
@@ -23,11 +23,11 @@ inline int place_of(const WindowPanel& panel, const uint8_t* index, int v, int b
 
 class ExpandedWindows {
  public:
-  explicit ExpandedWindows(const TileArgs& t) : begin_(t.b), panel_(*reinterpret_cast<const WindowPanel*>(t.b)) {
+  explicit ExpandedWindows(const uint8_t* begin) : panel_(*reinterpret_cast<const WindowPanel*>(begin)) {
     for (int h = 0; h < 2; ++h) {
-      counts_[h] = begin_ + panel_.counts[h];
-      index_[h] = begin_ + panel_.index[h];
-      values_[h] = begin_ + panel_.lines[h];
+      counts_[h] = begin + panel_.counts[h];
+      index_[h] = begin + panel_.index[h];
+      values_[h] = begin + panel_.lines[h];
     }
   }
 
@@ -62,7 +62,6 @@ class ExpandedWindows {
     index_[half] += (count + per_line - 1) / per_line * block_bytes;
   }
 
-  const uint8_t* const begin_;
   const WindowPanel& panel_;
   const uint8_t *counts_[2], *index_[2], *values_[2];
   int64_t window_ = 0;

@@ -6,7 +6,7 @@
 // of 45 % of the peak at 90 % zeros and K = 4096.
 #pragma once
 #include "core/sparse_panel.h"
-#include "tiles/strips.h"
+#include "tiles/sparse/strips.h"
 
 namespace halfbyte::HALFBYTE_ISA {
 namespace {

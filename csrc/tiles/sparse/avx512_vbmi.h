@@ -84,16 +84,16 @@ HALFBYTE_INLINE void multiply_line(I (&sum)[rows], I at, const uint8_t* values, 
   for (int r = 0; r < rows; ++r) dot4(sum[r], _mm512_permutexvar_epi8(at, x[r]), b);
 }
 
-// sums[r][0..15] (+)= the products of `windows` windows of a half. Index: Pattern, or void for bytes.
+// sums[r][0..15], ld apart, (+)= the products of `windows` windows of a half. Index: Pattern, or void for bytes.
 template <int rows, class Index>
-void gather(const Lines& from, int64_t windows, const uint8_t* strip, bool add, int32_t* sums) {
+void gather(const Lines& from, int64_t windows, const uint8_t* strip, bool add, int32_t* sums, int64_t ld) {
   constexpr int chains = rows <= inline_rows ? 2 : 1;  // a product has a latency of four cycles
   const uint8_t *index = from.index, *values = from.values;
   I sum[chains][rows];
 #pragma GCC unroll 2
   for (int i = 0; i < chains; ++i)
 #pragma GCC unroll 12
-    for (int r = 0; r < rows; ++r) sum[i][r] = add && i == 0 ? load_i(sums + r * panel_width) : _mm512_setzero_si512();
+    for (int r = 0; r < rows; ++r) sum[i][r] = add && i == 0 ? load_i(sums + r * ld) : _mm512_setzero_si512();
   for (int64_t w = 0; w < windows; ++w, strip += rows * window) {
     I x[rows];
 #pragma GCC unroll 12
@@ -118,11 +118,11 @@ void gather(const Lines& from, int64_t windows, const uint8_t* strip, bool add, 
 #pragma GCC unroll 12
   for (int r = 0; r < rows; ++r) {
     if constexpr (chains == 2) sum[0][r] = add_i(sum[0][r], sum[1][r]);
-    store_i(sums + r * panel_width, sum[0][r]);
+    store_i(sums + r * ld, sum[0][r]);
   }
 }
 
-using Gather = void (*)(const Lines&, int64_t, const uint8_t*, bool, int32_t*);
+using Gather = void (*)(const Lines&, int64_t, const uint8_t*, bool, int32_t*, int64_t);
 template <class Index>
 constexpr Gather few_gathers[inline_rows] = {gather<1, Index>, gather<2, Index>, gather<3, Index>, gather<4, Index>};
 constexpr Gather gathers[at_once] = {gather<1, void>, gather<2, void>, gather<3, void>, gather<4, void>,
@@ -130,19 +130,21 @@ constexpr Gather gathers[at_once] = {gather<1, void>, gather<2, void>, gather<3,
                                      gather<9, void>, gather<10, void>, gather<11, void>, gather<12, void>};
 
 // All rows of a tile, the windows from `first` on.
-void gather_rows(const TileArgs& t, const Lines& from, int64_t first, int64_t windows, int half) {
+void gather_rows(const TileArgs& t, const Lines& from, int64_t first, int64_t windows, int32_t* sums) {
+  const int64_t ld = int64_t{t.panels} * panel_width;
   for (int i = 0; i < parts_of(t.rows); ++i) {
     const Part part = part_of(t.rows, i);
     const uint8_t* const strip = static_cast<const uint8_t*>(t.a) + part.begin * t.quads * quad + first * part.rows * window;
-    gathers[part.rows - 1](from, windows, strip, first > 0, t.acc + part.begin * panel_width + half * half_panel);
+    gathers[part.rows - 1](from, windows, strip, first > 0, sums + part.begin * ld, ld);
   }
 }
 
 // A half with indices in bits.
 template <class P>
-void pattern_half(const TileArgs& t, Lines from, int64_t windows, int half) {
+void pattern_half(const TileArgs& t, Lines from, int64_t windows, int32_t* sums) {
   if (t.rows <= inline_rows) {
-    return few_gathers<P>[t.rows - 1](from, windows, static_cast<const uint8_t*>(t.a), false, t.acc + half * half_panel);
+    const int64_t ld = int64_t{t.panels} * panel_width;
+    return few_gathers<P>[t.rows - 1](from, windows, static_cast<const uint8_t*>(t.a), false, sums, ld);
   }
   alignas(64) uint8_t widened[windows_at_once * P::count * 64];
   int64_t first = 0;
@@ -153,7 +155,7 @@ void pattern_half(const TileArgs& t, Lines from, int64_t windows, int half) {
 #pragma GCC unroll 8
       for (int v = 0; v < P::count; ++v, out += 64) _mm512_store_si512(out, P::at(from.index, v));
     }
-    gather_rows(t, {from.counts, widened, from.values}, first, count, half);
+    gather_rows(t, {from.counts, widened, from.values}, first, count, sums);
     from.counts += count;
     from.values += count * P::count * 64;
     first += count;
@@ -161,17 +163,19 @@ void pattern_half(const TileArgs& t, Lines from, int64_t windows, int half) {
 }
 
 void window_tile(const TileArgs& t) {
-  const WindowPanel& panel = *reinterpret_cast<const WindowPanel*>(t.b);
-  for (int half = 0; half < 2; ++half) {
-    const Lines from{t.b + panel.counts[half], t.b + panel.index[half], t.b + panel.lines[half]};
+  for (int i = 0; i < 2 * t.panels; ++i) {
+    const uint8_t* const begin = t.b + (t.panel_offsets[i / 2] - t.panel_offsets[0]);
+    const WindowPanel& panel = *reinterpret_cast<const WindowPanel*>(begin);
+    const Lines from{begin + panel.counts[i % 2], begin + panel.index[i % 2], begin + panel.lines[i % 2]};
+    int32_t* const sums = t.acc + i * half_panel;
     if (panel.per_window == 0) {
-      gather_rows(t, from, 0, panel.windows, half);
+      gather_rows(t, from, 0, panel.windows, sums);
     } else if (panel.bits == 4) {
-      pattern_half<Pattern<4, 8>>(t, from, panel.windows, half);
+      pattern_half<Pattern<4, 8>>(t, from, panel.windows, sums);
     } else if (panel.per_window == 8) {
-      pattern_half<Pattern<2, 4>>(t, from, panel.windows, half);
+      pattern_half<Pattern<2, 4>>(t, from, panel.windows, sums);
     } else {
-      pattern_half<Pattern<1, 4>>(t, from, panel.windows, half);
+      pattern_half<Pattern<1, 4>>(t, from, panel.windows, sums);
     }
   }
 }

@@ -1,0 +1,1 @@
+"""Sparse weights: the patterns of zeros that kernels use, the format, the layers."""
