@@ -14,7 +14,8 @@ from pathlib import Path
 from halfbyte.bench.ceilings import products_per_weight
 from halfbyte.bench.machine import sentence
 from halfbyte.bench.model import FLOAT, FUSED, FUSED_FLOAT
-from halfbyte.bench.peers import PEERS, QUANTIZED_PEERS
+from halfbyte.bench.peers import PEERS, PRUNED_PEERS, QUANTIZED_PEERS
+from halfbyte.bench.sparse import DENSE
 from halfbyte.tables import markdown_table, percent, significant
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,8 +55,9 @@ def render(results: list[dict]) -> str:
     """Markdown of all results: per machine the linear layers, then the models."""
     parts = []
     kinds = [r for r in results if r["kind"] in _TABLES]
-    for where, group in groupby(sorted(kinds, key=_machine_key), key=_machine_key):
+    for _, group in groupby(sorted(kinds, key=_machine_key), key=_machine_key):
         members = list(group)
+        where = max((sentence(r["machine"]) for r in members), key=len)
         parts.append(f"Measured on {where}; {_versions(members)}.")
         for kind, table in _TABLES.items():
             chosen = [r for r in members if r["kind"] == kind]
@@ -64,7 +66,8 @@ def render(results: list[dict]) -> str:
 
 
 def _machine_key(result: dict) -> str:
-    return sentence(result["machine"])
+    """The machine, without its instruction sets: later versions know more names of them."""
+    return sentence(result["machine"] | {"isas": []})
 
 
 def _versions(results: list[dict]) -> str:
@@ -225,8 +228,35 @@ def _perplexity(results: list[dict]) -> str:
     return "\n\n".join(blocks)
 
 
+def _sparse(results: list[dict]) -> str:
+    shapes = [shape for result in results for shape in result["results"]]
+    named = {row["name"] for shape in shapes for row in shape["rows"]}
+    others = sorted(named - {OURS}, key=(DENSE, *PRUNED_PEERS).index)
+    rows = []
+    for shape in shapes:
+        cells = {row["name"]: row for row in shape["rows"]}
+        rows.append([
+            f"`{shape['scheme']}`",
+            f"{shape['m']}x{shape['n']}x{shape['k']}" + (", cold" if shape["cold"] else ""),
+            percent(shape["sparsity"]),
+            significant(cells[OURS]["us"]),
+            *(_us_and_times(cells.get(name)) for name in others),
+        ])  # fmt: skip
+    return (
+        "Layers with zeros, microseconds, and in brackets how many times as fast halfbyte is. "
+        "`halfbyte-dense` has the same int8 codes, zeros included; torch-csr and deepsparse have float32 "
+        "weights with as many zeros, anywhere; torch-fp32 is dense:\n\n"
+        + markdown_table(["scheme", "m x n x k", "zeros", OURS, *others], rows)
+    )
+
+
+def _us_and_times(row: dict | None) -> str:
+    return f"{significant(row['us'])} (**{row['ours_is_faster_by']:.2f}x**)" if row else "-"
+
+
 _TABLES = {
-    "linear": _linear, "model": _model, "quality": _quality, "decoder": _decoder, "perplexity": _perplexity,
+    "linear": _linear, "sparse": _sparse, "model": _model, "quality": _quality, "decoder": _decoder,
+    "perplexity": _perplexity,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -152,12 +152,14 @@ def _sparse(op: str, rng: np.random.Generator) -> list[np.ndarray]:
     results = []
     for m, n, k in _SHAPES:
         x, bias, scale = _rows(rng, m, k), _normal(rng, n), np.abs(_normal(rng, n)) + 0.1
-        exact = op == "spmm_unstructured_f32"  # its kernels add in different orders: numbers whose sums are exact
+        exact = op == "spmm_unstructured_f32"  # whose kernels add in different orders: exact sums
         if exact:
             x = np.rint(4 * _normal(rng, m, k))
         wide = 1 if op in ("spmm_block_f32", "spmm_block_bf16") else 4
         blocks = rng.random((-(-n // 16), -(-k // wide))) < 0.3
-        kept = np.kron(blocks, np.ones((16, wide), bool))[:n, :k] if "_block_" in op else rng.random((n, k)) < 0.3
+        kept = np.kron(blocks, np.ones((16, wide), bool))[:n, :k]
+        if "_block_" not in op:
+            kept = rng.random((n, k)) < 0.3
         pattern = (0, 0)
         if op == "spmm_nm_w8a8":
             pattern, kept = (2, 4), kept & (np.arange(k) % 4 < 2)

@@ -7,7 +7,7 @@ namespace {
 
 class HalfFloatPanel {
  public:
-  explicit HalfFloatPanel(const uint8_t* begin) {
+  void open(const uint8_t* begin, int64_t) {
     const BlockPanel& panel = *reinterpret_cast<const BlockPanel*>(begin);
     for (int h = 0; h < 2; ++h) {
       index_[h] = reinterpret_cast<const uint32_t*>(begin + panel.index[h]);

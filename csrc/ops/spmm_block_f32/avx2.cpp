@@ -9,7 +9,7 @@
 namespace halfbyte::avx2 {
 namespace {
 
-void block_tile(const TileArgs& t) { multiply_blocks<FloatUnits, WholePanel<FloatUnits>>(t, t.t); }
+void block_tile(const TileArgs& t) { multiply_blocks<FloatUnits, PanelBlocks<FloatUnits>>(t, t.t); }
 void arrange(const ArrangeArgs& args) { arrange_units<1, 0>(args, lanes_of(args.rows)); }
 
 }  // namespace

@@ -92,7 +92,8 @@ HALFBYTE_INLINE void for_panels(const TileArgs& t, Multiply&& multiply) {
 
 [[maybe_unused]] void word_window_tile(const TileArgs& t) {
   for_panels(t, [&](const uint8_t* begin, int32_t* out) {
-    ExpandedWindows source(begin);
+    ExpandedWindows source;
+    source.open(begin, 0);
     WordList lists[2];
     for (bool add = false; source.next(lists); add = true) multiply_lists(t, lists, add, out);
   });

@@ -27,7 +27,7 @@ int64_t byte_strip_bytes(int rows, int64_t k_padded) { return strip_bytes_of(k_p
 constexpr int block_offset = 128;  // a + 128 is unsigned
 
 [[maybe_unused]] void block_tile(const TileArgs& t) {
-  multiply_blocks<ByteUnits, WholePanel<ByteUnits>>(t, reinterpret_cast<float*>(t.acc));
+  multiply_blocks<ByteUnits, PanelBlocks<ByteUnits>>(t, reinterpret_cast<float*>(t.acc));
 }
 
 }  // namespace

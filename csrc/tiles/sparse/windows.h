@@ -23,7 +23,8 @@ inline int place_of(const WindowPanel& panel, const uint8_t* index, int v, int b
 
 class ExpandedWindows {
  public:
-  explicit ExpandedWindows(const uint8_t* begin) : panel_(*reinterpret_cast<const WindowPanel*>(begin)) {
+  void open(const uint8_t* begin, int64_t) {
+    panel_ = *reinterpret_cast<const WindowPanel*>(begin);
     for (int h = 0; h < 2; ++h) {
       counts_[h] = begin + panel_.counts[h];
       index_[h] = begin + panel_.index[h];
@@ -62,7 +63,7 @@ class ExpandedWindows {
     index_[half] += (count + per_line - 1) / per_line * block_bytes;
   }
 
-  const WindowPanel& panel_;
+  WindowPanel panel_;
   const uint8_t *counts_[2], *index_[2], *values_[2];
   int64_t window_ = 0;
   alignas(64) uint8_t lines_[2][quads_at_once * block_bytes];
