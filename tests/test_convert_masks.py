@@ -118,12 +118,15 @@ def test_shared_weights_and_masks():
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16))
     model[1].weight = model[2].weight = model[0].weight
     keep = mask((16, 16), "2:4")
-    for i, own in enumerate((keep, keep, ~keep)):
+    for i, own in enumerate((keep, keep.clone(), ~keep)):
         prune.custom_from_mask(model[i], "weight", own)
     weights = [float_weight(layer) for layer in model]
     hb.quantize_(model, progress=False)
     for layer, weight in zip(model, weights, strict=True):
         same(layer.weight_codes, hb.quantize(weight).codes)
+    assert model[0].weight_codes is model[1].weight_codes is not model[2].weight_codes
+    assert report(model)["1"] == ("quantized", "")
+    assert report(model)["2"] == ("quantized", "no longer shares its weight with 0: their masks differ")
     model = tied()
     prune.custom_from_mask(model.head, "weight", mask((10, 16), "2:4"))
     hb.quantize_(model, progress=False)

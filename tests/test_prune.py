@@ -180,7 +180,7 @@ def test_amounts_of_nothing_and_everything():
     model = Model(1)
     prune_(model, 0.0)
     assert sparsity(model).zeros == 0 and prune.is_pruned(model)
-    prune_(model, 1)
+    prune_(model, 1.0)
     assert sparsity(model).amount == 1 and bool(model(TOKENS).isfinite().all())
 
 

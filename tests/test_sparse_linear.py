@@ -251,7 +251,22 @@ def test_states_of_another_kind():
 def test_a_damaged_state_is_noticed():
     layer, state = make("f32+unstructured"), make("f32+unstructured").state_dict()
     state["weight_columns"][5] = 1000
-    layer.load_state_dict(state)
+    before, x = layer.state_dict(), torch.randn(2, K)
+    y = layer(x)
+    kept = {name: value.clone() for name, value in before.items()}
+    model = nn.Sequential(layer)
+    for strict, assign in ((True, False), (False, False), (True, True)):
+        with pytest.raises(RuntimeError, match=r"the sparse weight of 0: columns\[5\] is 1000") as caught:
+            model.load_state_dict({f"0.{n}": v for n, v in state.items()}, strict=strict, assign=assign)
+        assert str(caught.value).count("\n\t") == 1
+    for name, bad in (("crow", state["weight_crow"][:-1]), ("values", torch.zeros(3)), ("values", [1.0]),
+                      ("columns", before["weight_columns"].long() + 2**32)):  # fmt: skip
+        with pytest.raises(RuntimeError, match=f"the sparse weight of SparseLinear: .*{name}"):
+            layer.load_state_dict(before | {f"weight_{name}": bad})
+    for name, value in layer.state_dict().items():
+        same(value, kept[name], name)
+    same(layer(x), y)
+    layer.weight_columns[5] = 1000
     for _ in range(2):
         with pytest.raises(hb.PatternError, match=r"^SparseLinear: columns\[5\] is 1000"):
             layer(torch.randn(2, K))

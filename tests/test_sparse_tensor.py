@@ -279,8 +279,21 @@ def test_scipy_formats():
     for other in (scipy.coo_array(weight), weight, None):
         with pytest.raises(hb.DTypeError, match="from_scipy takes a matrix .* call .tocsr"):
             hb.SparseTensor.from_scipy(other)
-    with pytest.raises(hb.DTypeError, match="cast it"):
-        hb.SparseTensor.from_scipy(scipy.csr_array(weight.astype(np.float64)))
+    double = scipy.csr_array(weight.astype(np.float64))  # scipy's default
+    assert np.array_equal(hb.SparseTensor.from_scipy(double).to_dense(), weight)
+    double.data[3] = 1e300
+    with pytest.raises(hb.NonFiniteError):
+        hb.SparseTensor.from_scipy(double)
+    with pytest.raises(hb.DTypeError):
+        hb.SparseTensor.from_scipy(scipy.csr_array(weight.astype(np.int32)))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse (CSR|BSR)")
+def test_float64_of_torch_is_rounded():
+    weight = pruned((32, 64), "f32+block16x1")
+    for source in (weight.double().to_sparse_csr(), weight.double().to_sparse_bsr((16, 1))):
+        same(hb.SparseTensor.from_torch(source).to_dense(), weight)
+    same(hb.SparseTensor.from_torch(weight.double(), "f32+unstructured").to_dense(), weight)
 
 
 # Costs

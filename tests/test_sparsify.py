@@ -301,13 +301,11 @@ def test_layers_that_share_a_weight():
     model[3].weight = model[2].weight
     with torch.no_grad():
         model[2].weight.copy_(float_weight(model[0]))
-    with torch.no_grad():
         want = model(torch.ones(2, 16))
     for quantize in (False, True):
         found = copy.deepcopy(model)
         if quantize:
-            hb.quantize_(found, progress=False)
-            want = found(torch.ones(2, 16))
+            want = hb.quantize_(found, progress=False)(torch.ones(2, 16))
         hb.sparsify_(found, "always", progress=False)
         assert found[0] is found[1] and found[2].weight_values is found[3].weight_values
         assert found[2]._prepare() is found[3]._prepare() and found[2] is not found[3]

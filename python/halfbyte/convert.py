@@ -25,6 +25,7 @@ from .modules import (
     is_embedding,
     is_linear,
     join,
+    mask_numbers,
     obstacle,
     replace,
     shape_of,
@@ -166,6 +167,7 @@ class _Layer:
     module: nn.Module
     sites: list[tuple[nn.Module, str]]  # (parent, attribute); none for a model that is itself the layer
     decision: Decision
+    mask: int = 0  # the same number: layers that share a weight have equal masks
     tied_to: str = ""  # what else had the float weight of this layer, which is to be quantized
 
     @property
@@ -175,15 +177,14 @@ class _Layer:
     @property
     def weight(self) -> Tensor:
         """[n, k], the masks of torch.nn.utils.prune applied."""
-        weight = float_weight(self.module)
+        weight = float_weight(self.module, self.name)
         return weight.t() if self.is_conv1d else weight
 
     @property
     def codes_key(self) -> tuple:
         """Layers with the same key have the same codes."""
-        s, mask = self.decision.scheme, self.module._buffers.get("weight_mask")
-        weight = id(weight_parameter(self.module)), id(mask)
-        return *weight, self.is_conv1d, s.weight_bits, s.group, s.asym, s.nf4
+        s, weight = self.decision.scheme, id(weight_parameter(self.module))
+        return weight, self.mask, self.is_conv1d, s.weight_bits, s.group, s.asym, s.nf4
 
     def row(self) -> dict[str, Any]:
         action = "quantized" if self.decision.scheme else "float"
@@ -285,7 +286,9 @@ def _settle_ties(model: nn.Module, layers: list[_Layer]) -> None:
             for parameter in module._parameters.values():
                 float_holders.setdefault(id(parameter), []).append(name or type(module).__name__)
     first: dict[int, _Layer] = {}
+    masks = mask_numbers(layer.module for layer in layers)
     for layer in layers:
+        layer.mask = masks[layer.module]
         if layer.decision.scheme is None:
             continue
         weight = id(weight_parameter(layer.module))
@@ -300,7 +303,8 @@ def _settle_ties(model: nn.Module, layers: list[_Layer]) -> None:
         elif other is not layer:
             layer.tied_to = other.name
             if layer.codes_key != other.codes_key:
-                note = f"no longer shares its weight with {other.name}: the formats of their codes differ"
+                what = "their masks" if layer.mask != other.mask else "the formats of their codes"
+                note = f"no longer shares its weight with {other.name}: {what} differ"
                 layer.decision = dataclasses.replace(layer.decision, reason=note)
 
 
@@ -315,7 +319,7 @@ def _make(layer: _Layer, method: str | None, q: QuantizedTensor | None = None) -
     if is_embedding(old):
         new = QEmbedding(q, padding_idx=old.padding_idx, **options)
     else:
-        if (bias := float_bias(old)) is not None:
+        if (bias := float_bias(old, layer.name)) is not None:
             check_vector(kind_of(q.codes, name), bias, q.shape[0], join(layer.name, "bias"), name)
         new = QLinear(q, bias, **options)
     for attribute, value in extra_attributes(old).items():

@@ -96,6 +96,7 @@ def load(model: nn.Module, directory: str | os.PathLike[str], *, strict: bool = 
             raise FormatError(
                 f"{saved.directory} is not of this {type(model).__name__}: {'; '.join(problems[:8])}; "
                 "build the model as it was built for saving, or pass strict=False"
+                + _about_masks(state, tensors)
             )
     except BaseException:
         for module, places, _ in swaps:
@@ -257,6 +258,19 @@ def _weight(
             f"{entry.in_} -> {entry.out}; save the model again"
         )
     return q
+
+
+def _about_masks(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str:
+    """What to do where only the model or only the file has a mask of a float layer."""
+    end = ".weight_orig"
+    only_model = [name for name in state if f".{name}".endswith(end) and name not in tensors]
+    only_file = [n.removesuffix(end) for n in tensors if f".{n}".endswith(end) and n not in state]
+    if only_file:
+        return (
+            "; the file has masked layers: call halfbyte.prune_(model, 0.0, "
+            f"include={only_file[:8]}) before, or remove_masks_ before saving"
+        )
+    return "; the model has masked layers: call halfbyte.remove_masks_(model) before" if only_model else ""
 
 
 def _compare(saved: Manifest, state: Mapping[str, Tensor], tensors: dict[str, Tensor]) -> list[str]:

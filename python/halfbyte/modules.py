@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
 from .arrays import wraps
-from .errors import DTypeError
+from .errors import DTypeError, ShapeError
 
 # Of an nn.Linear and of a Conv1D; and what does not tie a value to the layer that it was assigned to.
 _PARAMETERS = ("weight", "bias")
@@ -32,8 +32,12 @@ def join(module: str, name: str) -> str:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether quantize_ replaces `module`: an nn.Linear or a Conv1D of transformers, not a subclass."""
+    return type(module) is nn.Linear or _is_conv1d(module)
+
+
+def _is_conv1d(module: object) -> bool:
     transformers = sys.modules.get("transformers.pytorch_utils")
-    return type(module) is nn.Linear or (transformers is not None and type(module) is transformers.Conv1D)
+    return transformers is not None and type(module) is transformers.Conv1D
 
 
 def is_embedding(module: nn.Module) -> bool:
@@ -86,22 +90,54 @@ def is_masked(module: nn.Module, name: str = "weight") -> bool:
     return f"{name}_orig" in module._parameters and f"{name}_mask" in module._buffers
 
 
-def float_weight(module: nn.Module) -> Tensor:
+def float_weight(module: nn.Module, layer: str = "") -> Tensor:
     """The weight as it is used, in the layout of its parameter; the mask of a pruned layer applied to the
-    values that the parameter has now.
+    values that the parameter has now. ShapeError, which names the `layer`, for a mask of another shape.
     """
-    return _unmasked(module, "weight")
+    return _unmasked(module, "weight", layer)
 
 
-def float_bias(module: nn.Module) -> Tensor | None:
-    """The bias as it is used."""
-    return _unmasked(module, "bias")
+def float_bias(module: nn.Module, layer: str = "") -> Tensor | None:
+    """The bias as it is used; ShapeError as of `float_weight`."""
+    return _unmasked(module, "bias", layer)
 
 
-def _unmasked(module: nn.Module, name: str) -> Tensor | None:
+def linear_weight(module: nn.Module, layer: str, what: str) -> Tensor:
+    """`float_weight` of an nn.Linear or a Conv1D, [n, k]; DTypeError, of the function `what`, for others."""
+    if not (isinstance(module, nn.Linear) or _is_conv1d(module)):
+        raise DTypeError(f"{what} takes an nn.Linear or a Conv1D, not {type(module).__name__} ({layer})")
+    weight = float_weight(module, layer)
+    return weight.t() if _is_conv1d(module) else weight
+
+
+def mask_numbers(modules: Iterable[nn.Module]) -> dict[nn.Module, int]:
+    """For each module a number; modules that share a weight have the same one if their masks are equal."""
+    numbers: dict[nn.Module, int] = {}
+    masks: dict[int, list[Tensor | None]] = {}  # those found so far, of each weight
+    for module in modules:
+        mask, known = module._buffers.get("weight_mask"), masks.setdefault(id(weight_parameter(module)), [])
+        equal = (i for i, other in enumerate(known) if _same_mask(mask, other))
+        numbers[module] = next(equal, len(known))
+        if numbers[module] == len(known):
+            known.append(mask)
+    return numbers
+
+
+def _same_mask(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is b or a is None or b is None:
+        return a is b
+    return a.shape == b.shape and a.device == b.device and not a.is_meta and bool((a == b).all())
+
+
+def _unmasked(module: nn.Module, name: str, layer: str) -> Tensor | None:
     if not is_masked(module, name):
         return getattr(module, name)
     original, mask = module._parameters[f"{name}_orig"].detach(), module._buffers[f"{name}_mask"]
+    if mask.shape != original.shape:
+        raise ShapeError(
+            f"{join(layer, f'{name}_mask')} is {list(mask.shape)}, the {name} {list(original.shape)}; a mask "
+            "must have the shape of what it masks"
+        )
     # What is pruned is 0 whatever it was, an infinity too.
     return (original * mask.to(original.dtype)).masked_fill(mask == 0, 0)
 

@@ -50,7 +50,7 @@ class PackedLayer(nn.Module):
 
     A subclass has the class variables below, the property `packable`, which is what `pack` takes, and the
     methods `_operator(x)`, which calls its torch operator, and `_other_format(state_dict, prefix, metadata)`,
-    the error where a state_dict is of other numbers, or None.
+    the error where a state_dict is of other numbers or of no sound weight, or None.
     """
 
     weight_buffers: ClassVar[tuple[str, ...]]  # the parts of `packable`, in the order that its class has them

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import DTypeError
-from .modules import float_bias, float_weight
+from .modules import float_bias, linear_weight
 from .packed_layer import PackedLayer
 from .quantize import QuantizedTensor, quantize
 from .quantized_tensor import PARTS
@@ -64,13 +64,14 @@ class QLinear(PackedLayer):
         method: str | None = None,
         name: str = "linear",
     ) -> QLinear:
-        """The quantized twin of an nn.Linear, which is left as it is. `name` is what errors call the layer.
+        """The quantized twin of an nn.Linear or of a Conv1D of transformers, which is left as it is; masks of
+        torch.nn.utils.prune are applied. `name` is what errors call the layer.
 
-        method: that of `quantize`, which also says what is raised.
+        method: that of `quantize`, which also says what is raised; DTypeError also for another module.
         """
-        weight = float_weight(linear)
+        weight = linear_weight(linear, name, "QLinear.from_linear")
         q = quantize(weight, scheme, method=method, name=f"{name}.weight")
-        return cls(q, float_bias(linear), float_dtype=weight.dtype, name=name).train(linear.training)
+        return cls(q, float_bias(linear, name), float_dtype=weight.dtype, name=name).train(linear.training)
 
     @property
     def quantized(self) -> QuantizedTensor:

@@ -170,6 +170,15 @@ def mask_hook(module: nn.Module) -> BasePruningMethod | None:
     return None
 
 
+def check_mask(name: str, module: nn.Module, tensor: str, what: str) -> None:
+    """ShapeError if the mask of a tensor of a module has another shape than the parameter that it is for."""
+    mask, shape = module._buffers[f"{tensor}_mask"].shape, module._parameters[f"{tensor}_orig"].shape
+    if mask != shape:
+        raise ShapeError(
+            f"{what}: {join(name, f'{tensor}_mask')} has the shape {tuple(mask)}, the {tensor} {tuple(shape)}"
+        )
+
+
 def _check(name: str, module: nn.Module) -> nn.Parameter:
     """The parameter behind the weight; errors for one that has no values to look at."""
     weight, masked = weight_parameter(module), is_masked(module)
@@ -180,11 +189,11 @@ def _check(name: str, module: nn.Module) -> nn.Parameter:
         raise DTypeError(f"prune_: {what} has the dtype {weight.dtype}; it must be one of floating point")
     if weight.ndim != 2 or weight.numel() == 0:
         raise ShapeError(f"prune_: {what} has the shape {tuple(weight.shape)}: nothing to prune; exclude it")
-    if masked and (mask := module._buffers["weight_mask"]).shape != weight.shape:
-        shapes = f"{tuple(mask.shape)}, the weight {tuple(weight.shape)}"
-        raise ShapeError(f"prune_: {join(name, 'weight_mask')} has the shape {shapes}")
-    if masked and not ((mask == 0) | (mask == 1)).all():
-        raise NonFiniteError(f"prune_: {join(name, 'weight_mask')} holds more than zeros and ones")
+    if masked:
+        check_mask(name, module, "weight", "prune_")
+        mask = module._buffers["weight_mask"]
+        if not ((mask == 0) | (mask == 1)).all():
+            raise NonFiniteError(f"prune_: {join(name, 'weight_mask')} holds more than zeros and ones")
     if not float_weight(module).isfinite().all():
         raise NonFiniteError(f"prune_: {what} holds a NaN or an infinity")
     return weight

@@ -8,6 +8,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -28,6 +29,21 @@ from .state import State
 METHODS = ("magnitude", "random", "taylor", "wanda", "sparsegpt")
 STRUCTURED = ("neuron", "head", "channel")
 SCOPES = ("layer", "global")
+
+
+def share_of(amount: object) -> object:
+    """`amount` with numbers of all kinds as floats; what is no number is left to Pattern.check_amount.
+
+    Raises DTypeError for whole numbers above 0, which torch.nn.utils.prune takes as numbers of weights.
+    """
+    if isinstance(amount, bool) or not isinstance(amount, Real):
+        return amount
+    if isinstance(amount, Integral) and amount > 0:
+        raise DTypeError(
+            f"prune_: amount is the integer {amount}; it must be a share: 1.0 prunes everything; torch's "
+            "integer amounts, a number of weights, are not taken"
+        )
+    return float(amount)
 
 
 def prune_(
@@ -54,16 +70,16 @@ def prune_(
     buffer `weight_mask`, and a hook that multiplies them. `remove_masks_` makes them permanent. What is
     masked already, by whomever, stays so.
 
-    amount: the share of zeros to reach, 0 to 1, what was masked before and zeros included. Exactly
+    amount: the share of zeros to reach, 0.0 to 1.0, what was masked before and zeros included. Exactly
     floor(amount * weights) are masked, or floor(amount * blocks) blocks, in each layer or, with scope
     "global", in all together; of equal scores the first go. N:M has one amount, 1 - N/M: None is enough.
     threshold (magnitude, unstructured): instead of an amount; a weight stays if and only if |w| > threshold.
 
-    method: "magnitude", |w|. "random", by `seed`. "taylor", |w * dL/dw|, mean over batches. "wanda", |w|
-    times the norm of the input feature (Sun et al. 2023); unstructured, it compares within each row, each of
-    which loses the same share, +-1 weight. "sparsegpt" (Frantar and Alistarh 2023): also updates the weights
-    that stay, layer after layer. Blocks go by the sum of their weights' scores, which are squared for
-    magnitude and sparsegpt.
+    method: "magnitude", |w|. "random", by `seed`. "taylor", |w * dL/dw|, mean over batches, in the
+    manner of Molchanov et al. (2017), for weights. "wanda", |w| times the norm of the input feature (Sun et
+    al. 2023); unstructured, it compares within each row, each of which loses the same share, +-1 weight.
+    "sparsegpt" (Frantar and Alistarh 2023): also updates the weights that stay, layer after layer. Blocks go
+    by the sum of their weights' scores, which are squared for magnitude and sparsegpt.
     pattern: "unstructured", N:M, blockRxC, and those that make layers smaller instead of masking them:
     "neuron", "head", "channel", with the methods "ln_structured" (norm: p of the norm, 2 by default),
     "activation" (criterion: "mean" or "apoz"), "magnitude", "taylor" and "random".
@@ -85,6 +101,7 @@ def prune_(
     NonFiniteError, ShapeError, DeviceError, each naming the layer.
     """
     check_module(model, "prune_")
+    amount = share_of(amount)
     if pattern in STRUCTURED:
         from .structured import prune_structured_
 
@@ -159,7 +176,7 @@ class _Request:
             raise SchemeError(
                 "prune_: threshold is for method magnitude and the pattern unstructured, without an amount"
             )
-        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
+        if isinstance(threshold, bool) or not isinstance(threshold, Real):
             raise DTypeError(f"prune_: threshold must be a number, not {type(threshold).__name__}")
         if not (math.isfinite(threshold) and threshold >= 0):
             raise SchemeError(f"prune_: threshold is {threshold}; it must be finite and at least 0")

@@ -6,16 +6,20 @@ import inspect
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..errors import DTypeError, ModelError, NonFiniteError, SchemeError
 from ..modules import check_module, float_weight, is_linear
 from ..sparse.pattern import Pattern
-from .prune import STRUCTURED, prune_
+from .layers import Choice, find
+from .prune import STRUCTURED, prune_, share_of
 from .state import State
+from .structured import gone_share
 
 KINDS = ("one-shot", "linear", "cubic")
 
@@ -37,8 +41,11 @@ class PruneSchedule:
     A masked step of prune_ never revives a weight, so what the last step prunes includes all earlier ones.
 
     amount, options: as of prune_. steps: how many. kind: the amount of step i of n. "one-shot": all of it at
-    the first step, the others only fine-tune. "linear": i/n of it. "cubic": amount * (1 - (1 - i/n)^3), much
-    at first and little at last (Zhu and Gupta 2017, arXiv:1710.01878).
+    the first step, the others only fine-tune. "linear": amount + (start - amount) * (1 - i/n). "cubic":
+    amount + (start - amount) * (1 - i/n)^3, much at first and little at last (Zhu and Gupta 2017,
+    arXiv:1710.01878). `start` is what the layers to prune have when the schedule is made, all of them
+    together: the share of weights that are 0 or masked, of blocks that are so as a whole, of units that an
+    earlier call took out; at most `amount`.
     fine_tune(model, step): what `run` calls in place of the loop's body.
     metric(model) -> number, higher is better: measured before the first step (`baseline`) and after the
     fine-tuning of each. With `tolerance`: a metric more than that below the baseline, or NaN, ends the
@@ -76,7 +83,7 @@ class PruneSchedule:
             raise DTypeError("PruneSchedule: each step reads data anew; pass a list and no iterator")
         pattern = options.get("pattern", "unstructured")
         parsed = Pattern("unstructured") if pattern in STRUCTURED else Pattern.parse(pattern)
-        amount = parsed.check_amount(amount)
+        amount = parsed.check_amount(share_of(amount))
         if parsed.kind == "nm" and kind != "one-shot" and steps > 1:
             raise SchemeError(
                 f'PruneSchedule: {parsed} has one amount, so it has no steps to it: use kind="one-shot"'
@@ -86,11 +93,12 @@ class PruneSchedule:
                 raise DTypeError(f"PruneSchedule: {name} must be a function, not {type(function).__name__}")
         if tolerance is not None and metric is None:
             raise DTypeError("PruneSchedule: a tolerance needs a metric that it is of")
-        if tolerance is not None and not (isinstance(tolerance, int | float) and tolerance >= 0):
+        if tolerance is not None and not (isinstance(tolerance, Real) and tolerance >= 0):
             raise SchemeError(f"PruneSchedule: tolerance is {tolerance!r}; it must be a number of at least 0")
         self.model, self.options = model, options
         self.fine_tune, self.metric, self.tolerance = fine_tune, metric, tolerance
-        self.amounts = tuple(_amount(kind, amount, i, steps) for i in range(1, steps + 1))
+        self.start = min(_start(model, pattern, parsed, options), amount)
+        self.amounts = tuple(_amount(kind, self.start, amount, i, steps) for i in range(1, steps + 1))
         self.baseline: float | None = None
         self.history: list[Step] = []
         self.stopped = False
@@ -151,8 +159,18 @@ def _weights(model: nn.Module) -> tuple[int, int]:
     return sum(int(w.count_nonzero()) for w in weights), sum(w.numel() for w in weights)
 
 
-def _amount(kind: str, amount: float, i: int, steps: int) -> float:
+def _start(model: nn.Module, pattern: object, parsed: Pattern, options: dict[str, Any]) -> float:
+    """The share that the layers to prune have of what `amount` counts: zeros, blocks of them, units gone."""
+    choice = Choice(options.get("include"), options.get("exclude"))
+    if pattern in STRUCTURED:
+        return gone_share(model, pattern, choice)
+    layers, _ = find(model, choice, parsed, updates=options.get("method") == "sparsegpt")
+    units = [parsed.units(layer.rank(torch.ones_like(layer.weight))) for layer in layers]
+    return sum(int((u < 0).sum()) for u in units) / max(sum(u.numel() for u in units), 1)
+
+
+def _amount(kind: str, start: float, amount: float, i: int, steps: int) -> float:
     if kind == "one-shot" or i == steps:
         return amount
-    done = i / steps if kind == "linear" else 1 - math.pow(1 - i / steps, 3)
-    return amount * done
+    left = 1 - i / steps
+    return amount + (start - amount) * (left if kind == "linear" else math.pow(left, 3))

@@ -39,7 +39,7 @@ def taylor(
     model: nn.Module, layers: list[Layer], batches: Iterable, loss_fn: LossFunction
 ) -> dict[str, Tensor]:
     """The mean over batches of |w * dL/dw|, [n, k] by layer: what the loss changes by without a weight, to
-    first order (Molchanov et al. 2017, arXiv:1611.06440).
+    first order, in the manner of Molchanov et al. (2017, arXiv:1611.06440), for weights.
 
     Of the layers that any loss depends on. Gradients in `.grad` are not touched.
     """

@@ -38,6 +38,7 @@ def prune_layers(
             weight = layer.weight
             scores = layer.rank(torch.ones_like(weight))
             new, kept[layer.name] = prune_weight(weight, scores, factor, dead, pattern, amount)
+            new = new.to(layer.parameter.dtype)
             if not new.isfinite().all():
                 raise NonFiniteError(f"prune_: sparsegpt's update of {layer.name or 'the model'} overflows")
             with torch.no_grad():

@@ -60,9 +60,9 @@ def prune_structured_(
     method: "ln_structured", the Lp norm (`norm`, 2 by default) of the weights that make a unit, gates
     included, biases and what uses it not; "magnitude" is that with p = 2. "activation": mean of |a|, or with
     criterion "apoz" the share of a != 0 (Hu et al. 2016, arXiv:1607.03250), where the unit is used. "taylor":
-    the sum over the weights that make a unit of the mean over batches of |w * dL/dw| (Molchanov et al. 2017,
-    arXiv:1611.06440). "random", by `seed`. With scope "global" all but taylor and random are divided by their
-    mean over the layer.
+    the sum over the weights that make a unit of the mean over batches of |w * dL/dw|, in the manner of
+    Molchanov et al. (2017, arXiv:1611.06440), for weights. "random", by `seed`. With scope "global" all but
+    taylor and random are divided by their mean over the layer.
     data, loss_fn, forward, include, exclude: as in prune_; a pattern of `exclude` holds what it fits, one of
     `include` has to fit a layer that makes units, or the attention.
 
@@ -83,7 +83,8 @@ def prune_structured_(
     choice = Choice(include, exclude)
     refuse_quantized(model)
     groups = _groups(model, pattern)
-    _choose(model, groups, choice)
+    if idle := _choose(model, groups, choice):
+        warnings.warn(f"prune_: no layer has a name that fits {', '.join(idle)}", stacklevel=3)
     open_groups = [group for group in groups if not group.reason]
     if not open_groups:
         nearest = sorted(groups, key=lambda group: not group.made_by)
@@ -92,8 +93,7 @@ def prune_structured_(
             f"no {PATTERNS[pattern]} to prune in this {type(model).__name__}: "
             + ("; ".join(reasons[:8]) or "it has no layer that makes any")
         )
-    had = {key: units for key, units in vars(model).get("_halfbyte_units", {}).items() if key[0] == pattern}
-    before = [max(had.get((pattern, group.name), 0), group.units) for group in open_groups]
+    before = _before(model, pattern, open_groups)
     scores = score(model, open_groups, measure)
     gone = _select(scores, before, amount, scope, normal=method not in ("taylor", "random"))
     kept = {group.name: keep for group, keep in zip(open_groups, gone, strict=True)}
@@ -104,6 +104,22 @@ def prune_structured_(
         (pattern, group.name): units for group, units in zip(open_groups, before, strict=True)
     }
     return model
+
+
+def gone_share(model: nn.Module, pattern: str, choice: Choice) -> float:
+    """The share of its units that earlier calls took out of the layers that prune_structured_ would prune."""
+    refuse_quantized(model)
+    groups = _groups(model, pattern)
+    _choose(model, groups, choice)
+    left = [group for group in groups if not group.reason]
+    before = sum(_before(model, pattern, left))
+    return 1 - sum(group.units for group in left) / before if before else 0.0
+
+
+def _before(model: nn.Module, pattern: str, groups: list[Group]) -> list[int]:
+    """How many units each group had when it was first pruned with this pattern."""
+    had = vars(model).get("_halfbyte_units", {})
+    return [max(had.get((pattern, group.name), 0), group.units) for group in groups]
 
 
 def _check(amount: object, pattern: object, scope: object) -> None:
@@ -148,8 +164,8 @@ def _groups(model: nn.Module, pattern: str) -> list[Group]:
     return sorted(groups, key=lambda group: order.get(group.name, -1))
 
 
-def _choose(model: nn.Module, groups: list[Group], choice: Choice) -> None:
-    """Give those that the caller does not want a reason to be left alone."""
+def _choose(model: nn.Module, groups: list[Group], choice: Choice) -> list[str]:
+    """Give those that the caller does not want a reason to be left alone; return idle patterns."""
     names = {found[0]: found for found, _, _ in sites(model)}
     seen = []
     for group in groups:
@@ -165,8 +181,7 @@ def _choose(model: nn.Module, groups: list[Group], choice: Choice) -> None:
             group.note = _UNSAID
             if choice.include is None:
                 group.reason = group.reason or f"{_UNSAID}; name it in include to prune it all the same"
-    if seen and (idle := choice.idle(seen)):
-        warnings.warn(f"prune_: no layer has a name that fits {', '.join(idle)}", stacklevel=4)
+    return choice.idle(seen) if seen else []
 
 
 def _select(

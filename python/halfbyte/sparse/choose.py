@@ -29,7 +29,7 @@ _MARGIN = 0.95  # of the time as it is: medians of the same call differ by 1 or 
 _HOPELESS = 1.5  # times of the dense layer: predicted to be that slow, a kernel is not measured
 _LEAST = 0.1  # of a weight that a pattern leaves out; a few codes of any int8 weight are 0
 _SEED = 5
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of inputs
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of inputs and of float weights
 Weight = Tensor | QuantizedTensor
 
 
@@ -87,7 +87,7 @@ def choose(
     schemes: those allowed; named: it is one, that the caller gave.
     """
     module, name, freed = group.module, join(group.layers[0].name, "weight"), is_freed(group.module)
-    weight = _float(module) if is_linear(module) else module.quantized
+    weight = _float(module, group.layers[0].name) if is_linear(module) else module.quantized
     values = weight if is_linear(module) else weight.codes
     kind_of(values, name)
     candidates, reason = _candidates(values, is_linear(module), schemes, named)
@@ -101,9 +101,9 @@ def choose(
     return _smaller(group, weight, candidates, freed)
 
 
-def _float(module: nn.Module) -> Tensor:
+def _float(module: nn.Module, name: str) -> Tensor:
     """[n, k], masks applied."""
-    weight = float_weight(module).detach()
+    weight = float_weight(module, name).detach()
     return weight if isinstance(module, nn.Linear) else weight.t()
 
 
@@ -172,13 +172,13 @@ def _times(group: Group, weight: Weight, twins: list[SparseLinear]) -> list[floa
     generator = torch.Generator().manual_seed(_SEED)  # leaves the state of torch as it was
     dense = module
     if is_linear(module):
-        bias = float_bias(module)
+        bias = float_bias(module, group.layers[0].name)
 
         def dense(x: Tensor) -> Tensor:
             return functional.linear(x, weight, bias)
 
     dtype = weight.dtype if is_linear(module) else module.float_dtype
-    dtype = dtype if dtype in _DTYPES else torch.float32
+    dtype = dtype if dtype in DTYPES else torch.float32
     total = [0.0] * (1 + len(twins))
     for rows, calls in group.sizes.items():
         x = torch.randn(rows, twins[0].in_features, generator=generator).to(dtype)
@@ -216,7 +216,7 @@ def _make(layer: Layer, sparse: SparseTensor) -> SparseLinear:
         bias, extra = old.bias, vars(old)
         options |= {"float_dtype": old.float_dtype, "activation": old.activation}
     else:
-        bias, extra = float_bias(old), extra_attributes(old)
+        bias, extra = float_bias(old, layer.name), extra_attributes(old)
         options["float_dtype"] = old.weight.dtype
     if bias is not None:
         kind = kind_of(sparse.values, join(layer.name, "weight"))

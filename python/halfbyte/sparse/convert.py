@@ -13,14 +13,23 @@ from torch import Tensor, nn
 
 from ..convert import report_row, tracked, uninterrupted
 from ..errors import ModelError, SchemeError
-from ..modules import check_module, is_linear, obstacle, replace, sites, weight_parameter
+from ..modules import (
+    check_module,
+    is_linear,
+    is_masked,
+    mask_numbers,
+    obstacle,
+    replace,
+    sites,
+    weight_parameter,
+)
 from ..pack_inplace import freed_again, is_freed
 from ..packed_layer import held
 from ..pruning.layers import Choice
 from ..qlinear import QLinear
 from ..rules import Patterns
 from ..timing import caller, evaluation
-from .choose import WHEN, Group, Layer, choose
+from .choose import DTYPES, WHEN, Group, Layer, choose
 from .linear import SparseLinear
 from .pattern import Pattern
 from .scheme import NAMES, SparseScheme
@@ -57,14 +66,15 @@ def sparsify_(
     the model.
     include, exclude: patterns that the name of a layer must, or must not, fit, as for `quantize_`.
 
-    Layers that share a weight are decided on together and share it afterwards. One that something else has
-    too, an embedding say, stays as it is unless `include` asks for its layer. A layer of which no pattern
-    leaves out a tenth stays too. `model._halfbyte_report` lists the linear layers: name, shape, action
-    ("sparse", "quantized" or "float") and reason, which has the density and what was measured.
+    Layers that share a weight, their masks too, are decided on together and share it afterwards; with other
+    masks each gets its own. One that something else has too, an embedding say, stays as it is unless
+    `include` asks for its layer. A layer of which no pattern leaves out a tenth stays too, and so does one of
+    another dtype than float32, bfloat16 and float16. `model._halfbyte_report` lists the linear layers: name,
+    shape, action ("sparse", "quantized" or "float") and reason, which has the density and what was measured.
 
     Everything is chosen and made before the first layer is replaced: an error leaves the model as it was, and
     for a while there are both. Raises ModelError (no linear layer), SchemeError, NonFiniteError, DTypeError,
-    DeviceError and ValueError.
+    ShapeError, DeviceError and ValueError.
     """
     check_module(model, "sparsify_")
     if when not in WHEN:
@@ -115,7 +125,7 @@ def _find(model: nn.Module, choice: Choice) -> tuple[list[Group], dict[str, dict
 
     Raises ModelError where there is no linear layer.
     """
-    groups: dict[tuple, Group] = {}
+    layers: list[Layer] = []
     report: dict[str, dict[str, Any]] = {}
     names_of: list[str] = []
     for names, module, places in sites(model):
@@ -125,14 +135,21 @@ def _find(model: nn.Module, choice: Choice) -> tuple[list[Group], dict[str, dict
         action, reason = _kept(module)
         report[names[0]] = report_row(names[0], module, action, choice.refusal(names) or reason)
         if not report[names[0]]["reason"]:
-            groups.setdefault(_key(module), Group([])).layers.append(Layer(names, module, places))
+            layers.append(Layer(names, module, places))
     if not report:
         raise ModelError(f"sparsify_: this {type(model).__name__} has no linear layer")
     if idle := choice.idle(names_of):
         warnings.warn(f"sparsify_: no layer has a name that fits {', '.join(idle)}", stacklevel=3)
+    groups: dict[tuple, Group] = {}
+    masks = mask_numbers(layer.module for layer in layers if is_linear(layer.module))
+    for layer in layers:
+        key = _key(layer.module, masks.get(layer.module, 0))
+        groups.setdefault(key, Group([])).layers.append(layer)
     holders = _holders(model)
     for key, group in list(groups.items()):
         own = [layer.module for layer in group.layers]
+        if is_masked(own[0]):  # other masks make other weights, which share nothing but their training
+            own += [layer.module for layer in layers if is_masked(layer.module)]
         others = [name for name, module in holders[key[0]] if module not in own]
         if others and not all(choice.asked(layer.names) for layer in group.layers):
             del groups[key]
@@ -160,19 +177,23 @@ def _kept(module: nn.Module) -> tuple[str, str]:
         return "quantized", ""
     if not is_linear(module):
         return "float", f"{type(module).__name__} is a subclass of nn.Linear"
-    return "float", obstacle(module)
+    dtype = weight_parameter(module).dtype if not (reason := obstacle(module)) else None
+    if dtype is not None and dtype not in DTYPES:
+        names = "float32, bfloat16 and float16"
+        return "float", f"its weight is {dtype}; sparse layers are made of {names}: cast the model before"
+    return "float", reason
 
 
 def _weight_tensor(module: nn.Module) -> Tensor:
     return held(module)["weight_codes"] if isinstance(module, QLinear) else weight_parameter(module)
 
 
-def _key(module: nn.Module) -> tuple:
-    """Equal for layers of the same weight; first the id of its tensor."""
+def _key(module: nn.Module, mask: int) -> tuple:
+    """Equal for layers of the same weight; first the id of its tensor. mask: of `mask_numbers`."""
     tensor = id(_weight_tensor(module))
     if isinstance(module, QLinear):
         return tensor, id(module.weight_scale)
-    return tensor, id(module._buffers.get("weight_mask")), isinstance(module, nn.Linear)
+    return tensor, mask, isinstance(module, nn.Linear)
 
 
 def _holders(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..arrays import Array
 from ..errors import DTypeError, SchemeError
 from ..extras import require
 from . import tensor
@@ -30,7 +31,7 @@ def from_torch(source: Any, scheme: str | SparseScheme | None, name: str) -> Spa
     if source.layout is torch.strided:
         if scheme is None:
             raise SchemeError(f"{name} is a dense tensor, which says no pattern: give a scheme")
-        return tensor.sparsify(source, scheme, name=name)
+        return tensor.sparsify(_single(source), scheme, name=name)
     if source.layout not in (torch.sparse_csr, torch.sparse_bsr) or source.ndim != 2:
         raise DTypeError(
             f"{name} is a {source.ndim}-dimensional tensor with the layout {source.layout}; it must be a "
@@ -40,7 +41,7 @@ def from_torch(source: Any, scheme: str | SparseScheme | None, name: str) -> Spa
     values, crow, columns = source.values(), source.crow_indices(), source.col_indices()
     scheme = _scheme_of(scheme, tuple(values.shape[1:]), str(values.dtype).removeprefix("torch."), name)
     _check(crow.cpu().numpy(), columns.cpu().numpy(), tuple(source.shape), tuple(values.shape[1:]))
-    return tensor.sparsify(source.to_dense(), scheme, name=name)
+    return tensor.sparsify(_single(source.to_dense()), scheme, name=name)
 
 
 def from_scipy(source: Any, scheme: str | SparseScheme | None, name: str) -> SparseTensor:
@@ -55,7 +56,7 @@ def from_scipy(source: Any, scheme: str | SparseScheme | None, name: str) -> Spa
     block = tuple(source.data.shape[1:])
     scheme = _scheme_of(scheme, block, str(source.dtype), name)
     _check(source.indptr, source.indices, source.shape, block)
-    return tensor.sparsify(source.toarray(), scheme, name=name)
+    return tensor.sparsify(_single(source.toarray()), scheme, name=name)
 
 
 def to_torch(weight: SparseTensor) -> Any:
@@ -76,6 +77,14 @@ def to_scipy(weight: SparseTensor) -> Any:
 
     make = sparse.bsr_array if blocks else sparse.csr_array
     return make((values, columns, crow), shape=weight.shape)
+
+
+def _single(weight: Array) -> Array:
+    """float64 as float32; other dtypes as they are."""
+    if isinstance(weight, np.ndarray):
+        with np.errstate(over="ignore"):  # becomes an infinity, which sparsify refuses
+            return weight.astype(np.float32) if weight.dtype == np.float64 else weight
+    return weight.float() if weight.dtype.itemsize == 8 and weight.is_floating_point() else weight
 
 
 def _scheme_of(

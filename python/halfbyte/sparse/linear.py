@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..errors import DTypeError
-from ..modules import float_bias, float_weight
+from ..errors import DTypeError, HalfbyteError
+from ..modules import float_bias, linear_weight
 from ..packed_layer import PackedLayer
 from .scheme import SparseScheme
 from .tensor import PARTS, SparseTensor, density, sparsify
@@ -25,7 +25,8 @@ class SparseLinear(PackedLayer):
 
     Buffers, all in the state_dict where they are not None: weight_values, weight_crow, weight_columns,
     weight_positions and weight_scale, which are those of the SparseTensor; bias, input_scale, input_zero. A
-    state_dict of another weight with the same scheme and shape can be loaded, however many values it has.
+    state_dict of another weight with the same scheme and shape can be loaded, however many values it has; one
+    whose parts are no such weight is an error that leaves the layer as it was.
     """
 
     weight_buffers = SPARSE_BUFFERS
@@ -52,13 +53,15 @@ class SparseLinear(PackedLayer):
     def from_linear(
         cls, linear: nn.Linear, scheme: str | SparseScheme, *, name: str = "linear"
     ) -> SparseLinear:
-        """The sparse twin of an nn.Linear, which is left as it is, its masks of torch.nn.utils.prune applied.
+        """The sparse twin of an nn.Linear or of a Conv1D of transformers, which is left as it is; masks of
+        torch.nn.utils.prune are applied.
 
-        Raises what `sparsify` does; `name` is what errors call the layer.
+        Raises what `sparsify` does, and DTypeError for another module; `name` is what errors call the layer.
         """
-        weight = float_weight(linear)
+        weight = linear_weight(linear, name, "SparseLinear.from_linear")
         sparse = sparsify(weight, scheme, name=f"{name}.weight")
-        return cls(sparse, float_bias(linear), float_dtype=weight.dtype, name=name).train(linear.training)
+        bias = float_bias(linear, name)
+        return cls(sparse, bias, float_dtype=weight.dtype, name=name).train(linear.training)
 
     @property
     def sparse(self) -> SparseTensor:
@@ -99,12 +102,29 @@ class SparseLinear(PackedLayer):
         if prefix + "weight_codes" in state_dict:
             return f"{prefix}weight_codes is of a dense layer and this is sparse: load it before sparsify_"
         saved = metadata.get("scheme", str(self.scheme))
-        if prefix + "weight_values" not in state_dict or saved == str(self.scheme):
-            return None
-        return (
-            f"{prefix}weight_values is of the scheme {saved} and this layer of {self.scheme}: make the model "
-            "sparse with the scheme of the state"
-        )
+        if prefix + "weight_values" in state_dict and saved != str(self.scheme):
+            return (
+                f"{prefix}weight_values is of the scheme {saved} and this layer of {self.scheme}: make the "
+                "model sparse with the scheme of the state"
+            )
+        return self._unsound(state_dict, prefix)
+
+    def _unsound(self, state_dict: dict, prefix: str) -> str | None:
+        """What is wrong with the weight that the layer would have with what a state_dict has of it."""
+        parts, given = {}, False
+        for part, name in zip(PARTS, SPARSE_BUFFERS, strict=True):
+            if (own := self._buffers[name]) is None:
+                continue
+            parts[part] = own
+            if (value := state_dict.get(prefix + name)) is not None:
+                cast = isinstance(value, Tensor) and value.is_floating_point() and own.is_floating_point()
+                parts[part], given = value.detach().to(own.dtype) if cast else value, True
+        try:
+            if given:
+                SparseTensor(scheme=self.scheme, shape=(self.out_features, self.in_features), **parts)
+        except (HalfbyteError, ValueError) as error:
+            return f"the sparse weight of {prefix[:-1] or self.name}: {error}"
+        return None
 
     def _follow(self, saved: dict[str, Tensor | None]) -> None:
         """Also how many values there are."""

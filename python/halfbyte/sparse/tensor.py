@@ -131,8 +131,9 @@ class SparseTensor:
         """Of a torch.sparse_csr or sparse_bsr tensor [n, k] of floats, or of a dense one as `sparsify` does.
 
         scheme: by default that of float values with the pattern of the tensor: f32+unstructured,
-        f32+block16x1 or bf16+block16x1. Zeros that are stored need not be kept. Raises PatternError for
-        indices that are unsorted, appear twice or lie outside, and what `sparsify` does.
+        f32+block16x1 or bf16+block16x1. float64 values are rounded to float32. Zeros that are stored need not
+        be kept. Raises PatternError for indices that are unsorted, appear twice or lie outside, and what
+        `sparsify` does.
         """
         return exchange.from_torch(tensor, scheme, name)
 
