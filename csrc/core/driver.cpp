@@ -40,7 +40,7 @@ void gemm(std::span<const Product> products, quantize_rows::Args a, int64_t m, i
       const int64_t rows = std::min(chunk, m - first);
       quantize_rows::Args mine = a;
       mine.x = static_cast<const char*>(a.x) + first * a.ldx * (a.x_type == DType::f32 ? 4 : 2);
-      const Multiplication multiplication(kernel, products, mine, first, rows, team.size);
+      const Multiplication multiplication(kernel, products, mine, first, rows, m, team.size);
       const Piece r = multiplication.rows_to_quantize(team);
       quantizer.rows(mine, r.begin, r.end);
       shares.next_phase(team);

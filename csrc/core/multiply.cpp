@@ -68,13 +68,14 @@ int useful_threads(const GemmKernel& kernel, std::span<const Product> products, 
 }
 
 Multiplication::Multiplication(const GemmKernel& kernel, std::span<const Product> products, const quantize_rows::Args& a,
-                               int64_t first_row, int64_t rows, int threads)
+                               int64_t first_row, int64_t rows, int64_t all_rows, int threads)
     : kernel(kernel),
       shape(products[0].packed->grouped() ? kernel.grouped : kernel.plain),
       products(products),
       a(a),
       first_row(first_row),
       rows(rows),
+      all_rows(all_rows),
       panels(0),
       work(multiplications(products, rows)) {
   for (const Product& p : products) panels += p.packed->panels();
@@ -117,7 +118,7 @@ void Multiplication::tile(const PackedWeight& packed, Piece r, int64_t panel, in
   TileArgs tile;
   tile.rows = static_cast<int>(r.end - r.begin);
   tile.panels = panels;
-  tile.all_rows = rows;
+  tile.all_rows = all_rows;
   tile.quads = packed.k_padded / quad;
   tile.a = codes;
   tile.lda = a.ldc;
@@ -197,7 +198,7 @@ void Multiplication::arrange(Piece block, const Room& room) const {
   for (int64_t i = block.begin; i < block.end; ++i) {
     const Piece r = strip_rows(i);
     if (r.begin == r.end) continue;
-    shape.arrange({.rows = static_cast<int>(r.end - r.begin), .all_rows = rows, .k_padded = a.k_padded,
+    shape.arrange({.rows = static_cast<int>(r.end - r.begin), .all_rows = all_rows, .k_padded = a.k_padded,
                    .a = static_cast<const uint8_t*>(a.codes) + r.begin * a.ldc * a.code_bytes(), .lda = a.ldc,
                    .strip = room.strips + (i - block.begin) * room.strip_bytes});
   }

@@ -46,8 +46,9 @@ int useful_threads(const GemmKernel& kernel, std::span<const Product> products, 
 class Multiplication {
  public:
   // Products agree in same_codes(); `products` and `a` outlive this. first_row: of the outputs, for row 0 of the codes.
+  // all_rows: of the call, of which these may be a chunk.
   Multiplication(const GemmKernel& kernel, std::span<const Product> products, const quantize_rows::Args& a,
-                 int64_t first_row, int64_t rows, int threads);
+                 int64_t first_row, int64_t rows, int64_t all_rows, int threads);
 
   Piece rows_to_quantize(const Team& team) const;
   void run(const Team& team, const Shares& shares) const;  // once the rows are quantized
@@ -72,7 +73,7 @@ class Multiplication {
   const GemmTile& shape;
   const std::span<const Product> products;
   const quantize_rows::Args& a;
-  const int64_t first_row, rows;
+  const int64_t first_row, rows, all_rows;
   int64_t panels, work;  // over all products; multiplications
   int64_t largest;       // rows of a strip
   bool by_rows;

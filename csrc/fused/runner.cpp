@@ -193,7 +193,7 @@ void Runner::multiply(const float* x, int64_t ldx, const Norm* through, float* n
     Part& part = parts[i];
     const GemmKernel& kernel = kernel_of(*linears[part.begin]->packed, kernels.isas);
     const std::span<const Product> here(products + part.begin, static_cast<size_t>(part.end - part.begin));
-    const Multiplication multiplication(kernel, here, part.codes, 0, rows, team.size);
+    const Multiplication multiplication(kernel, here, part.codes, 0, rows, rows, team.size);
     const Piece mine = few ? Piece{0, rows} : multiplication.rows_to_quantize(team);
     if (few) {
       shares.next_phase(team);

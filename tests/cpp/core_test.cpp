@@ -66,13 +66,17 @@ int main(int argc, char** argv) {
       test_linear(rng, w, isa, 64 + below(rng, 64), 2 + below(rng, 3));
     }
     for (int i = 0; i < calls / 10; ++i) test_stack(rng, isa);
+    for (int i = 0; i < calls / 8; ++i) test_sparse(rng, isa);
+    test_sparse_large(rng, isa);
     for (int i = 0; i < 4; ++i) test_linear(rng, Weight(rng, 3, 16400), isa, 400, 2);
     std::printf("core_test: %s: %d rounds\n", isa.c_str(), calls);
     force_isa("");
   }
   Rng rng(seed);
   test_linear_errors(rng);
+  test_sparse_errors(rng);
   expect_invalid("an unknown instruction set", [] { force_isa("avx1024"); });
   test_concurrent(seed, calls / 5);
+  test_sparse_concurrent(seed, runnable(), calls / 5);
   std::printf("core_test: 6 threads at once: %d calls each\n", calls / 5);
 }

@@ -18,6 +18,11 @@ void* operator new(size_t size) {
   if (void* p = std::malloc(size ? size : 1)) return p;
   throw std::bad_alloc();
 }
+// The one of std::stable_sort; a sanitizer's own would not go with the delete below.
+void* operator new(size_t size, const std::nothrow_t&) noexcept {
+  allocations.fetch_add(1, std::memory_order_relaxed);
+  return std::malloc(size ? size : 1);
+}
 [[gnu::noinline]] void operator delete(void* p) noexcept { std::free(p); }
 [[gnu::noinline]] void operator delete(void* p, size_t) noexcept { std::free(p); }
 
@@ -58,8 +63,9 @@ struct Model {
       b.attention_norm = norm();
       b.mlp_norm = norm();
       // Mostly of one scheme, as layers of a model are.
-      const int kind = below(rng, 4);
-      const auto kind_of = [&] { return below(rng, 5) ? kind : below(rng, 4); };
+      const auto any = [&] { return below(rng, 2) ? below(rng, dense_kinds) : dense_kinds + below(rng, sparse_formats); };
+      const int kind = any();
+      const auto kind_of = [&] { return below(rng, 5) ? kind : any(); };
       b.q = linear(kind_of(), q, s.hidden);
       b.k = linear(kind_of(), kv, s.hidden);
       b.v = linear(kind_of(), kv, s.hidden);
@@ -80,10 +86,16 @@ struct Model {
     return {below(rng, 4) ? keep(random_floats(rng, s.hidden)) : nullptr,
             !s.rms && below(rng, 4) ? keep(random_floats(rng, s.hidden)) : nullptr, 1e-5f};
   }
-  // float32, w8a8, w4a8 in groups of 32, w8a8 with activations in groups of 64
+  // float32, w8a8, w4a8 in groups of 32, w8a8 with activations in groups of 64; with zeros
+  static constexpr int dense_kinds = 4;
   Linear linear(int kind, int64_t n, int64_t k) {
     Linear l;
     l.bias = below(rng, 3) ? keep(random_floats(rng, n)) : nullptr;
+    if (kind >= dense_kinds) {
+      l.packed = std::make_shared<PackedWeight>(random_sparse(rng, kind - dense_kinds, n, k));
+      if (!l.packed->grouped() && !below(rng, 4)) l.static_scale = 0.05f, l.static_zero = below(rng, 9);
+      return l;
+    }
     if (kind == 0) {
       const Floats w = random_floats(rng, n * k, 0.2f);
       l.packed = std::make_shared<PackedWeight>(pack_float(w.data(), DType::f32, n, k, k, 1));
