@@ -121,7 +121,7 @@ def test_errors():
     with pytest.raises(ValueError, match="negative shape"):
         _core.pack_float(weight.data_ptr(), 0, -4, 8, 8)
     packed = pack(weight)
-    with pytest.raises(ValueError, match="has no codes"):
+    with pytest.raises(ValueError, match="has no dense codes"):
         _core.unpack_linear(packed, weight.data_ptr(), 8)
     with pytest.raises(ValueError, match="takes a float weight"):
         _core.pack_linear("linear_f32", weight.data_ptr(), 4, 8, 8, weight.data_ptr())
