@@ -65,8 +65,10 @@ int main(int argc, char** argv) {
       const Weight w(rng, 128 + below(rng, 128), 256 + below(rng, 200));
       test_linear(rng, w, isa, 64 + below(rng, 64), 2 + below(rng, 3));
     }
-    for (int i = 0; i < calls / 10; ++i) test_stack(rng, isa);
-    for (int i = 0; i < calls / 8; ++i) test_sparse(rng, isa);
+    for (int i = 0; i < calls / 10; ++i) {
+      test_stack(rng, isa);
+      test_sparse(rng, isa);
+    }
     test_sparse_large(rng, isa);
     for (int i = 0; i < 4; ++i) test_linear(rng, Weight(rng, 3, 16400), isa, 400, 2);
     std::printf("core_test: %s: %d rounds\n", isa.c_str(), calls);
