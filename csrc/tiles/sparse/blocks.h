@@ -201,9 +201,21 @@ HALFBYTE_INLINE void multiply_blocks(const TileArgs& t, float* out) {
   const bool is_few = t.rows <= few_rows;
   const TileOfLists<Units> tile = is_few ? few_tiles<Units>[t.rows - 1] : many_tiles<Units>[lanes / width - 1];
   alignas(64) float sums[max_panels * panel_width * block_mr];
-  Source sources[max_panels];
+  const int64_t units = strip_part / (lanes * 4);
   const auto panel = [&](int p) { return t.b + (t.panel_offsets[p] - t.panel_offsets[0]); };
-  for (int p = 0; p < t.panels; ++p) sources[p].open(panel(p), strip_part / (lanes * 4));
+  if (t.quads * quad / Units::codes_per_unit <= units) {  // all of the strip at once: sums of one panel, which stay in L1
+    for (int p = 0; p < t.panels; ++p) {
+      Source source;
+      source.open(panel(p), units);
+      List<Units> lists[2];
+      float* const to = out + p * panel_width;
+      for (bool add = false; source.next(lists); add = true) tile(lists, strip, add, is_few ? to : sums, ld, panel(p + 1));
+      if (!is_few) rows_of_channels(sums, lanes, panel_width, t.rows, to, ld);
+    }
+    return;
+  }
+  Source sources[max_panels];
+  for (int p = 0; p < t.panels; ++p) sources[p].open(panel(p), units);
   bool more = true;
   for (bool add = false; more; add = true) {
     more = false;
