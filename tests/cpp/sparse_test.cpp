@@ -264,10 +264,8 @@ void test_linears(Rng& rng, const Format& f, const std::string& isa, int m, int 
 }
 
 bool has_kernel(const char* op, const std::string& isa) {
-  for (const GemmKernel* kernel : linear_op(op).kernels) {
-    if (isa == kernel->info.isa) return true;
-  }
-  return false;
+  const auto kernels = linear_op(op).kernels;
+  return std::any_of(kernels.begin(), kernels.end(), [&](const GemmKernel* kernel) { return isa == kernel->info.isa; });
 }
 
 // Around the tiles of 4, 12, 24, 48, 64, 96 and 128 rows.
@@ -301,15 +299,16 @@ void test_sparse(Rng& rng, const std::string& isa) {
   }
 }
 
-// More k than the sums of int8 bear anywhere else, and more rows than are quantized at once: 4 MiB of codes.
+// As many k as the sums of int8 bear; panels side by side, of more k than a part of a strip (tiles/sparse/blocks.h) has; more
+// rows than are quantized at once: 4 MiB of codes.
 void test_sparse_large(Rng& rng, const std::string& isa) {
   for (const Format& f : formats) {
-    const bool codes = linear_op(f.op).activation_bits == 8;
-    if (!has_kernel(f.op, isa) || (codes && below(rng, 2))) continue;
-    const int k = codes ? static_cast<int>(max_k) - below(rng, 2) * below(rng, 99) : 8192 + below(rng, 70);
-    const Pair w(rng, f, 1 + below(rng, 20), k);
-    test_call(rng, w, nullptr, isa, codes ? 1 + below(rng, 60) : 129 + below(rng, 4));
-    test_call(rng, w, nullptr, isa, 1 + below(rng, 4));
+    if (!has_kernel(f.op, isa)) continue;
+    const bool codes = linear_op(f.op).activation_bits == 8, deep = codes && !below(rng, 3);
+    const int k = deep ? static_cast<int>(max_k) - below(rng, 99) : codes ? 5500 + below(rng, 7000) : 8192 + below(rng, 70);
+    const Pair w(rng, f, deep ? 1 + below(rng, 20) : 33 + below(rng, 40), k);
+    test_call(rng, w, nullptr, isa, deep ? 1 + below(rng, 60) : codes ? 40 + below(rng, 20) : 129 + below(rng, 4));
+    test_call(rng, w, nullptr, isa, 1 + below(rng, 12));
   }
 }
 
