@@ -1,0 +1,54 @@
+// One kernel started on a stream, on the device or, emulated, on the CPU.
+#pragma once
+#include "cuda/ptx.cuh"
+
+namespace halfbyte::cuda {
+
+struct Launch {
+  int64_t grid[3];
+  int threads;
+  int shared_bytes;
+  int cluster = 1;  // blocks along x that run together and read each other's shared memory
+  void* stream = nullptr;
+};
+
+}  // namespace halfbyte::cuda
+
+#ifdef HALFBYTE_CUDA_EMULATED
+#include "cuda/emulated/launch.h"
+#else
+#include <cuda_runtime.h>
+
+#include <atomic>
+
+namespace halfbyte::cuda {
+
+// Returns a cudaError_t.
+template <auto kernel, class Args>
+int launch(const Launch& how, const Args& args) {
+  static std::atomic<uint64_t> prepared{0};  // a bit per device: it takes this kernel's shared memory
+  int device = 0;
+  if (cudaError_t e = cudaGetDevice(&device)) return e;
+  const uint64_t bit = uint64_t{1} << (device & 63);
+  if (device > 63 || !(prepared.load(std::memory_order_relaxed) & bit)) {
+    int most = 0;
+    if (cudaError_t e = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) return e;
+    if (cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most)) return e;
+    prepared.fetch_or(bit, std::memory_order_relaxed);
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(how.grid[0], how.grid[1], how.grid[2]);
+  config.blockDim = dim3(how.threads);
+  config.dynamicSmemBytes = how.shared_bytes;
+  config.stream = static_cast<cudaStream_t>(how.stream);
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = how.cluster;
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  config.attrs = &cluster;
+  config.numAttrs = how.cluster > 1;
+  return cudaLaunchKernelEx(&config, kernel, args);
+}
+
+}  // namespace halfbyte::cuda
+#endif

@@ -1,0 +1,50 @@
+// How a linear call is cut into blocks and warps: plain integer functions, for the host, the tests and the kernels.
+#pragma once
+#include "cuda/device.h"
+#include "cuda/layout.h"
+
+namespace halfbyte::cuda {
+
+struct Schedule {
+  int arch;     // 80 or 90: which kernels
+  int columns;  // rows of x that a block multiplies by, in units of 8: 1, 2 or 4
+  int warps;    // of a block, 4 or 8; they share out k (with a gate, each half of them one weight's)
+  int splits;   // blocks that share out k
+  int stages;   // tiles that a warp holds or awaits, 2 or 3
+
+  constexpr int rows() const { return 8 * columns; }
+};
+
+constexpr int barrier_bytes = 256;  // before the tiles: 8 warps x 3 stages x 8 bytes, rounded up
+
+HALFBYTE_HD constexpr int shared_bytes(const Schedule& s, int tile_bytes) {
+  return barrier_bytes + s.warps * s.stages * tile_bytes;
+}
+
+// The sums of all warps, of 64 channels and up to 32 rows, take the place of the tiles: 8 KiB a warp, less than two tiles.
+static_assert(tile_n * 32 * 4 <= 2 * WeightFormat{4, 0, 0, false}.tile_bytes());
+
+constexpr int most_stages(const Schedule& s, int tile_bytes, const Device& device) {
+  return shared_bytes({0, 0, s.warps, 1, 3}, tile_bytes) <= device.shared_bytes ? 3 : 2;
+}
+
+// Nothing here but `columns` depends on m, and `columns` changes no sum: a row's result does not depend on the others.
+constexpr Schedule choose_schedule(const Device& device, const WeightFormat& f, int64_t m, int64_t n, int64_t k, bool gated) {
+  Schedule best{device.arch >= 90 && device.arch < 100 ? 90 : 80, m <= 8 ? 1 : m <= 16 ? 2 : 4, 4, 1, 3};
+  best.stages = most_stages(best, f.tile_bytes(), device);
+  // Time in tiles of one processor: its blocks, each with its share of k and a beginning and an end worth six tiles (about
+  // 1 us where a processor streams 32 KiB/us); blocks that split k meet once more. A guess to be replaced by measurements.
+  const int64_t sides = gated ? 2 : 1, warps = best.warps / sides;
+  int64_t least = 0;
+  for (int splits = 1; splits <= 8; splits *= 2) {
+    const int64_t waves = ceil_div(n_tiles(n) * splits, device.processors);
+    const int64_t cost = waves * (ceil_div(k_tiles(k), splits * warps) * best.warps + 6) + (splits > 1 ? 3 : 0);
+    if (splits == 1 || cost < least) {
+      least = cost;
+      best.splits = splits;
+    }
+  }
+  return best;
+}
+
+}  // namespace halfbyte::cuda
