@@ -64,7 +64,7 @@ HALFBYTE_KERNEL(dequantize_threads, 4) dequantize_tiles(const DequantizeArgs arg
         decode_run<bits>((upper ? p.y : p.x) ^ 0x80808080u, (upper ? p.w : p.z) ^ 0x80808080u, v);
       }
       if (args.group_shift >= 0) {
-        const int at = (in_tile >> args.group_shift) * tile_n + channel;
+        const int at = (in_tile >> args.group_shift) * tile_n + (lane / 4 * pieces_side_by_side + column) * 2 + upper;
         const float group_scale =
             load_as_float(tile + args.scales_at, at, call.format.scale_bytes == 2 ? HALFBYTE_F16 : HALFBYTE_F32);
         const float offset = call.format.offsets ? load_as_float(tile + args.offsets_at, at, HALFBYTE_F32) : 0.0f;

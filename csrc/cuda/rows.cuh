@@ -21,9 +21,9 @@ struct RowsArgs {
   int vectors;  // k is a multiple of 8 and all rows are aligned for vectors
 };
 
-constexpr int rows_threads = 512;                             // at most
-constexpr int rows_few = 16, rows_many = 64;                  // values that a thread keeps in registers
-constexpr float smallest_scale = 0x1p-100f;                   // below it a row counts as zeros
+constexpr int rows_threads = 512;             // at most
+constexpr int rows_few = 16, rows_many = 64;  // values that a thread keeps in registers
+constexpr float smallest_scale = 0x1p-100f;   // below it a row counts as zeros
 constexpr float infinity = __builtin_inff();
 constexpr int reductions = 4, rows_shared_bytes = reductions * rows_threads / 32 * 4;
 
@@ -99,16 +99,15 @@ struct Grid {
       zero = 0;
       const bool empty = scale < smallest_scale;
       if (empty) scale = 1.0f;
-      if (!empty && !call.symmetric && finite) {
-        zero = round_to_int(-mul_rn(range.low, div_rn(1.0f, scale))) - 128;
-        zero = zero > 127 ? 127 : zero;
-      }
+      // Of at most 255 (1 + 2^-22), hence an int8.
+      if (!empty && !call.symmetric && finite) zero = round_to_int(-mul_rn(range.low, div_rn(1.0f, scale))) - 128;
     }
     inverse = div_rn(1.0f, scale);
-    lowest = static_cast<float>((call.symmetric ? -127 : -128) - zero);
+    lowest = static_cast<float>(-128 - zero);
     highest = static_cast<float>(127 - zero);
   }
-  // The bounds are integers, so that clip(rint(v)) is rint(clip(v)). Only the low byte is the code.
+  // The bounds are integers, so that clip(rint(v)) is rint(clip(v)). Only the low byte is the code. (Symmetric rows reach
+  // no bound: |v| / scale is at most 127 (1 + 2^-22).)
   HALFBYTE_DEVICE uint32_t code(float v) const {
     return static_cast<uint32_t>(round_to_int(fminf(fmaxf(mul_rn(v, inverse), lowest), highest)) + zero);
   }
@@ -167,8 +166,8 @@ HALFBYTE_KERNEL(rows_threads, 1) quantize_row(const RowsArgs args) {
   const int64_t row = block_x();
   const int first = 8 * thread(), step = 8 * threads();
   const void* const x = row_of(call.x, row, call.ldx, bytes);
-  const void* const second = row_of(call.residual, row, call.ld_residual, bytes);
   const bool has_second = kind != HALFBYTE_ROWS_PLAIN && call.residual;
+  const void* const second = has_second ? row_of(call.residual, row, call.ld_residual, bytes) : nullptr;
 
   float v[chunks][8];
 #pragma unroll

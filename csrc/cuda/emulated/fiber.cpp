@@ -9,14 +9,7 @@
 #include <cstdlib>
 #include <vector>
 
-#if defined(__SANITIZE_ADDRESS__)
-#define HALFBYTE_ASAN 1
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer)
-#define HALFBYTE_ASAN 1
-#endif
-#endif
-#ifdef HALFBYTE_ASAN
+#ifdef HALFBYTE_ADDRESS_SANITIZER
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
@@ -52,7 +45,7 @@ halfbyte_cuda_switch_stack:
 namespace halfbyte::cuda::emulated {
 namespace {
 
-#ifdef HALFBYTE_ASAN
+#ifdef HALFBYTE_ADDRESS_SANITIZER
 constexpr size_t stack_bytes = 256 * 1024;  // its frames are several times as large
 #else
 constexpr size_t stack_bytes = 64 * 1024;
@@ -88,7 +81,7 @@ class Stacks {
 };
 
 thread_local Stacks stacks;
-#ifdef HALFBYTE_ASAN
+#ifdef HALFBYTE_ADDRESS_SANITIZER
 thread_local Fiber* left = nullptr;  // by the latest switch
 #endif
 
@@ -102,7 +95,7 @@ void fiber_prepare(Fiber& fiber, size_t index, void (*entry)()) {
   fiber.stack = begin;
   fiber.stack_bytes = static_cast<size_t>(top - begin);
   fiber.fake_stack = nullptr;
-#ifdef HALFBYTE_ASAN
+#ifdef HALFBYTE_ADDRESS_SANITIZER
   __asan_unpoison_memory_region(begin, static_cast<size_t>(end - begin));
 #endif
 #ifdef __x86_64__
@@ -121,13 +114,13 @@ void fiber_prepare(Fiber& fiber, size_t index, void (*entry)()) {
 }
 
 void fiber_entered() {
-#ifdef HALFBYTE_ASAN
+#ifdef HALFBYTE_ADDRESS_SANITIZER
   __sanitizer_finish_switch_fiber(nullptr, &left->stack, &left->stack_bytes);
 #endif
 }
 
 void fiber_switch(Fiber& from, Fiber& to, [[maybe_unused]] bool leave_for_good) {
-#ifdef HALFBYTE_ASAN
+#ifdef HALFBYTE_ADDRESS_SANITIZER
   left = &from;
   __sanitizer_start_switch_fiber(leave_for_good ? nullptr : &from.fake_stack, to.stack, to.stack_bytes);
 #endif
@@ -136,7 +129,7 @@ void fiber_switch(Fiber& from, Fiber& to, [[maybe_unused]] bool leave_for_good) 
 #else
   swapcontext(&from.context, &to.context);
 #endif
-#ifdef HALFBYTE_ASAN
+#ifdef HALFBYTE_ADDRESS_SANITIZER
   __sanitizer_finish_switch_fiber(from.fake_stack, &left->stack, &left->stack_bytes);
 #endif
 }

@@ -6,6 +6,14 @@
 #include <ucontext.h>
 #endif
 
+#if defined(__SANITIZE_ADDRESS__)
+#define HALFBYTE_ADDRESS_SANITIZER 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define HALFBYTE_ADDRESS_SANITIZER 1
+#endif
+#endif
+
 namespace halfbyte::cuda::emulated {
 
 struct Fiber {
@@ -21,7 +29,7 @@ struct Fiber {
 
 // `index`: which of the calling thread's stacks. They are kept until the thread ends.
 void fiber_prepare(Fiber& fiber, size_t index, void (*entry)());
-void fiber_entered();                                                // the first call of an entry
+void fiber_entered();  // the first call of an entry
 void fiber_switch(Fiber& from, Fiber& to, bool leave_for_good = false);
 
 }  // namespace halfbyte::cuda::emulated

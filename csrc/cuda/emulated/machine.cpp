@@ -19,7 +19,7 @@ namespace emulated {
 namespace {
 
 // Bytes before and after a block's shared memory that nobody may write. AddressSanitizer watches its own instead.
-#if defined(__SANITIZE_ADDRESS__)
+#ifdef HALFBYTE_ADDRESS_SANITIZER
 constexpr size_t guard_bytes = 0;
 #else
 constexpr size_t guard_bytes = 1024;
@@ -56,6 +56,14 @@ std::string text(const char* format, ...) {
   return buffer;
 }
 
+// The kernel in the name of a function whose template parameter it is: "... kernel = <it>; Args = ..." (Clang: a comma).
+std::string name_of_kernel(const std::string& function) {
+  const std::string before = "kernel = ";
+  const size_t from = function.find(before), end = function.rfind(" Args = ");
+  if (from == function.npos || end == function.npos) return function;
+  return function.substr(from + before.size(), end - 1 - from - before.size());
+}
+
 std::string name_of(const Place& p) { return text("block (%d, %d, %d)", p.block[0], p.block[1], p.block[2]); }
 
 }  // namespace
@@ -89,7 +97,7 @@ Machine::Machine(const Launch& launch, const char* name, void (*kernel)(const vo
       }()),
       how(launch),
       blocks(static_cast<size_t>(launch.cluster)),
-      name_(name),
+      name_(name_of_kernel(name)),
       kernel_(kernel),
       args_(args),
       threads_(static_cast<size_t>(launch.cluster) * launch.threads),
@@ -98,7 +106,6 @@ Machine::Machine(const Launch& launch, const char* name, void (*kernel)(const vo
   for (size_t b = 0; b < blocks.size(); ++b) {
     Block& block = blocks[b];
     void* memory = nullptr;
-    // A multiple of 128 and of no larger power of two that a kernel could come to rely on; and not a byte too many.
     if (posix_memalign(&memory, 128, how.shared_bytes + 2 * guard_bytes)) end_with("no memory");
     block.shared = static_cast<char*>(memory) + guard_bytes;
     block.shared_bytes = how.shared_bytes;
@@ -131,7 +138,6 @@ uint64_t Machine::random() {  // splitmix64
 }
 
 void Machine::run() {
-  const Place* const outside = here;
   const int64_t clusters = how.grid[0] / how.cluster * how.grid[1] * how.grid[2];
   // i -> (first + i * step) mod clusters, with a step that has no divisor in common with the number of clusters.
   const int64_t first = static_cast<int64_t>(random() % clusters);
@@ -143,7 +149,6 @@ void Machine::run() {
     end();
     cluster = (cluster + step) % clusters;
   }
-  here = outside;
 }
 
 void Machine::begin(int64_t cluster) {
@@ -179,17 +184,17 @@ void Machine::begin(int64_t cluster) {
 
 void Machine::end() {
   for (Block& block : blocks) {
-    const std::string who = name_of(block.threads[0]) + " of " + name_ + ": ";
+    const auto who = [&] { return name_ + ", " + name_of(block.threads[0]) + ": "; };
     for (const Barrier& barrier : block.barriers) {
       if (!barrier.copies.empty()) {
-        end_with(who + text("it ended before its copies to the barrier at %u were waited for", barrier.offset));
+        end_with(who() + text("it ended before its copies to the barrier at %u were waited for", barrier.offset));
       }
     }
     const char* const bytes = block.shared - guard_bytes;
     for (size_t i = 0; i < guard_bytes; ++i) {
-      if (static_cast<uint8_t>(bytes[i]) != guard) end_with(who + "something was written before its shared memory");
+      if (static_cast<uint8_t>(bytes[i]) != guard) end_with(who() + "something was written before its shared memory");
       if (static_cast<uint8_t>(block.shared[block.shared_bytes + i]) != guard) {
-        end_with(who + text("something was written %zu bytes after its shared memory", i));
+        end_with(who() + text("something was written %zu bytes after its shared memory", i));
       }
     }
   }
@@ -246,7 +251,7 @@ void Machine::block(Thread& t, Wait why) {
   t.wait = Wait::none;
 }
 
-void Machine::yield(Thread&) { switch_to(next()); }
+void Machine::yield() { switch_to(next()); }
 
 void Machine::wait_for_all(Thread& t, Wait where) {
   const bool one_block = where == Wait::block;
@@ -312,12 +317,13 @@ void Machine::nobody_can_run() {
     }
   }
   if (any) return;
-  std::string message = std::string("deadlock in ") + name_;
+  std::string message = "deadlock in " + name_;
   for (const Block& block : blocks) {
     for (int first = 0, i = 1; i <= block.count; ++i) {
       const std::string what = describe_wait(block.threads[first]);
       if (i < block.count && describe_wait(block.threads[i]) == what) continue;
-      message += "\n  " + name_of(block.threads[0]) + text(" threads %d .. %d: ", first, i - 1) + what;
+      const std::string who = i - first == 1 ? text(" thread %d: ", first) : text(" threads %d .. %d: ", first, i - 1);
+      message += "\n  " + name_of(block.threads[0]) + who + what;
       first = i;
     }
   }
@@ -325,7 +331,7 @@ void Machine::nobody_can_run() {
 }
 
 std::string Machine::describe(const Thread& t) const {
-  return std::string(name_) + ", " + name_of(t) + text(" thread %d", t.thread);
+  return name_ + ", " + name_of(t) + text(" thread %d", t.thread);
 }
 
 std::string Machine::describe_wait(const Thread& t) const {
@@ -345,6 +351,7 @@ std::string Machine::describe_wait(const Thread& t) const {
 
 int run(const Launch& how, const char* name, void (*kernel)(const void*), const void* args) {
   constexpr int invalid_value = 1;
+  if (here) fail("a kernel started by a kernel");
   Device device;
   if (int error = device_of(-1, device)) return error;
   for (int d = 0; d < 3; ++d) {

@@ -90,7 +90,7 @@ class Machine {
   void run();
 
   void block(Thread& me, Wait why);  // until wake()
-  void yield(Thread& me);
+  void yield();
   void wake(Thread& thread);
   void wake(Warp& warp, uint32_t lanes);
   void wait_for_all(Thread& me, Wait where);  // of the block or cluster
@@ -113,7 +113,7 @@ class Machine {
   void nobody_can_run();
   std::string describe_wait(const Thread& thread) const;
 
-  const char* name_;
+  std::string name_;
   void (*kernel_)(const void*);
   const void* args_;
   std::vector<Thread> threads_;

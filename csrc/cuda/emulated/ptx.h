@@ -94,7 +94,7 @@ inline uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) { return (a & b) | c;
 inline uint32_t and_xor(uint32_t a, uint32_t b, uint32_t c) { return (a & b) ^ c; }
 
 inline uint32_t permute(uint32_t a, uint32_t b, uint32_t select) {
-  // The top bit of a nibble asks the instruction for copies of a sign, which no caller wants.
+  // __byte_perm ignores the top bit of a nibble, the instruction makes copies of a sign of it: no caller can want it.
   if (select & 0x8888) emulated::fail("permute with the selector %#x", select);
   const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
   uint32_t d = 0;

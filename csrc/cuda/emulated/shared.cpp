@@ -3,7 +3,7 @@
 
 #include "cuda/emulated/machine.h"
 
-#if defined(__SANITIZE_ADDRESS__)
+#ifdef HALFBYTE_ADDRESS_SANITIZER
 #include <sanitizer/asan_interface.h>
 #endif
 
@@ -22,7 +22,9 @@ void need_arch(int least, const char* what) {
 char* resolve(SharedAddress address, int bytes, int alignment, const char* what, int rank) {
   Thread& t = me();
   const int64_t offset = static_cast<int64_t>(address & ((1u << rank_shift) - 1)) - shared_base;
-  if (static_cast<int>(address >> rank_shift) != t.rank || offset < 0) fail("%s: %#x is no shared address of its block", what, address);
+  if (static_cast<int>(address >> rank_shift) != t.rank || offset < 0) {
+    fail("%s: %#x is no shared address of its block", what, address);
+  }
   if (bytes < 0 || offset + bytes > t.block_of->shared_bytes) {
     fail("%s: %d bytes at %lld are outside the %d bytes of shared memory", what, bytes, static_cast<long long>(offset),
          t.block_of->shared_bytes);
@@ -38,7 +40,7 @@ char* resolve(SharedAddress address, int bytes, int alignment, const char* what)
 Copy begin_copy(SharedAddress to, const void* from, int bytes, const char* what) {
   if (bytes < 16 || bytes % 16) fail("%s of %d bytes", what, bytes);
   if (reinterpret_cast<uintptr_t>(from) % 16) fail("%s from %p, which is no multiple of 16", what, from);
-#if defined(__SANITIZE_ADDRESS__)
+#ifdef HALFBYTE_ADDRESS_SANITIZER
   if (const void* bad = __asan_region_is_poisoned(const_cast<void*>(from), bytes)) {
     fail("%s of %d bytes from %p, but there is no memory at %p", what, bytes, from, bad);
   }
@@ -85,8 +87,10 @@ void wake_waiters(Barrier& barrier) {
 // The phase ends if it lacks nothing, and whoever waits for it can end it if it lacks nothing but copies.
 void look(Barrier& b) {
   if (b.missing) return;
-  if (b.expected < b.under_way) fail("%lld bytes are under way to the barrier at %u, which expects %lld",
-                                     static_cast<long long>(b.under_way), b.offset, static_cast<long long>(b.expected));
+  if (b.expected < b.under_way) {
+    fail("%lld bytes are under way to the barrier at %u, which expects %lld", static_cast<long long>(b.under_way), b.offset,
+         static_cast<long long>(b.expected));
+  }
   if (!b.complete_with_copies()) return;
   if (b.copies.empty()) {
     b.missing = b.arrivals;
@@ -144,9 +148,13 @@ void barrier_init_fence() {
 void barrier_arrive_expect(SharedAddress barrier, int bytes) {
   need_arch(90, "barrier_arrive_expect");
   Barrier& b = barrier_at(barrier, "barrier_arrive_expect");
-  if (b.missing == 0) fail("it arrives at the barrier at %u, whose %d arrivals were there; nobody waited for its bytes", b.offset, b.arrivals);
+  if (b.missing == 0) {
+    fail("it arrives at the barrier at %u, where all %d were: nobody waited for its bytes", b.offset, b.arrivals);
+  }
   b.expected += bytes;
-  if (bytes < 0 || b.expected > most_arrivals) fail("the barrier at %u expects %lld bytes", b.offset, static_cast<long long>(b.expected));
+  if (bytes < 0 || b.expected > most_arrivals) {
+    fail("the barrier at %u expects %lld bytes", b.offset, static_cast<long long>(b.expected));
+  }
   --b.missing;
   me().machine->progress();
   look(b);
@@ -168,7 +176,7 @@ bool barrier_try_wait(SharedAddress barrier, int parity) {
   Barrier& b = barrier_at(barrier, "barrier_try_wait");
   Thread& t = me();
   if (t.machine->random() % 8 == 0) {  // the GPU too may give up early
-    t.machine->yield(t);
+    t.machine->yield();
     return false;
   }
   for (;;) {
@@ -202,7 +210,7 @@ void cluster_sync() {
 uint32_t load_cluster(SharedAddress address, int rank) {
   need_arch(90, "load_cluster");
   Machine& machine = *me().machine;
-  if (rank < 0 || rank >= static_cast<int>(machine.blocks.size())) fail("load_cluster from block %d of a cluster of %zu", rank, machine.blocks.size());
+  if (rank < 0 || rank >= machine.how.cluster) fail("load_cluster from block %d of a cluster of %d", rank, machine.how.cluster);
   const Block& block = machine.blocks[rank];
   if (block.done == block.count) fail("load_cluster from block %d of its cluster, which has ended", rank);
   uint32_t v;

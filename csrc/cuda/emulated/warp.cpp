@@ -51,7 +51,7 @@ class DoubleRow {
   Doubles v0_, v1_, v2_, v3_;
 };
 
-// As widen_f16 and widen_bf16, of the lower half of each word.
+// The 16 bits of each word above `shift`.
 struct F16 {
   static void widen(float (&to)[32], const uint32_t (&words)[32], int shift) {
     for (int i = 0; i < 32; ++i) to[i] = widen_f16(static_cast<uint16_t>(words[i] >> shift));
