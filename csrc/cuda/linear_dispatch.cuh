@@ -7,9 +7,13 @@ namespace halfbyte::cuda {
 template <class Copy, int x_type, int bits, int columns>
 int launch_linear(const LinearArgs& args, const Launch& how) {
   const auto& format = args.call.format;
-  if (format.offsets) return launch<linear_kernel<Copy, x_type, bits, columns, Groups::offset>>(how, args);
-  if (format.group) return launch<linear_kernel<Copy, x_type, bits, columns, Groups::symmetric>>(how, args);
-  return launch<linear_kernel<Copy, x_type, bits, columns, Groups::none>>(how, args);
+  if constexpr (x_type == HALFBYTE_I8 && bits == 8) {
+    if (format.pattern == two_of_four) return launch<linear_kernel<Copy, x_type, bits, columns, Has::pairs>>(how, args);
+    if (format.pattern == blocks) return launch<linear_kernel<Copy, x_type, bits, columns, Has::blocks>>(how, args);
+  }
+  if (format.offsets) return launch<linear_kernel<Copy, x_type, bits, columns, Has::offsets>>(how, args);
+  if (format.group) return launch<linear_kernel<Copy, x_type, bits, columns, Has::groups>>(how, args);
+  return launch<linear_kernel<Copy, x_type, bits, columns, Has::nothing>>(how, args);
 }
 
 template <class Copy, int x_type, int bits>

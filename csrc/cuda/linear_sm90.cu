@@ -13,6 +13,7 @@ class CopyInBulk {
     if (lane == 0) {
       for (int stage = 0; stage < args.schedule.stages; ++stage) barrier_init(barriers_ + 8 * stage, 1);
       barrier_init_fence();
+      async_proxy_fence();
     }
     warp_sync();
   }

@@ -141,6 +141,8 @@ void barrier_init_fence() {
   for (Barrier& b : me().block_of->barriers) b.fenced |= b.maker == me().thread;
 }
 
+void async_proxy_fence() { need_arch(90, "async_proxy_fence"); }
+
 void barrier_arrive_expect(SharedAddress barrier, int bytes) {
   need_arch(90, "barrier_arrive_expect");
   Barrier& b = barrier_at(barrier, "barrier_arrive_expect");
@@ -187,11 +189,6 @@ bool barrier_try_wait(SharedAddress barrier, int parity) {
     t.machine->block(t, Wait::barrier);
     if (t.refused) return false;
   }
-}
-
-int cluster_rank() {
-  need_arch(90, "cluster_rank");
-  return here->rank;
 }
 
 void cluster_sync() {
