@@ -63,6 +63,9 @@ struct halfbyte_cuda_linear {
   // 0: chosen. Otherwise forced, for tests and tuning: which kernel (80: copies by threads, partial sums through the
   // workspace; 90: bulk copies, clusters), over how many blocks k is split (1, 2, 4 or 8), warps per block (4 or 8).
   int32_t arch, splits, warps;
+  // Not 0: the last work put on the stream is the halfbyte_cuda_rows_run that makes x. Then the weights are fetched while
+  // it runs. (Of a weight that this very work wrote nothing may be read before its end.)
+  int32_t after_rows;
 };
 
 // Rows of floats -> int8 codes, as halfbyte's quantize_rows: float32 operations in the same order, so equal bits.

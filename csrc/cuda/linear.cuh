@@ -276,7 +276,7 @@ HALFBYTE_DEVICE void finish(const halfbyte_cuda_linear& c, Sum sum, Sum gate, in
   Output{c.y, c.residual, c.ldy, c.ld_residual, c.y_type, c.residual_type}.store(v, m, n);
 }
 
-// Copy: how a warp's tiles come into shared memory (start, wait) and how the sums of blocks that share k meet and
+// Copy: how a warp's tiles come into shared memory (start, wait), what to wait for before x is read (before_x), and how the sums of blocks that share k meet and
 // become outputs (meet).
 // Grid: blocks that share k, blocks of rows, tiles of channels.
 template <class Copy, int x_type, int bits, int columns, Has has>
@@ -302,6 +302,8 @@ linear_kernel(const LinearArgs args) {
   char* ring = shared_memory() + barrier_bytes + warp * stages * args.tile_bytes;
   Copy copy(shared_memory(), ring, args, warp, lane);
   for (int i = 0; i < stages; ++i) copy.start(i < count, i, weight + i * stride);
+
+  copy.before_x();  // the weights are on their way; x may still be being made
 
   Multiply multiply;
   int stage = 0, round = 0;

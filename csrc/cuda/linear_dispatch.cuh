@@ -34,10 +34,10 @@ int launch_linear(const LinearArgs& args, const Launch& how) {
 }
 
 template <class Copy>
-int launch_linear(const LinearArgs& args, int cluster, void* stream) {
+int launch_linear(const LinearArgs& args, int cluster, bool early, void* stream) {
   const Schedule& s = args.schedule;
   const Launch how{{s.splits, ceil_div(args.call.m, s.rows()), n_tiles(args.call.n)},
-                   32 * s.warps, shared_bytes(s, args.tile_bytes), cluster, stream};
+                   32 * s.warps, shared_bytes(s, args.tile_bytes), cluster, stream, early};
   switch (args.call.x_type) {
     case HALFBYTE_F16:
       return launch_linear<Copy, HALFBYTE_F16>(args, how);

@@ -112,6 +112,15 @@ HALFBYTE_DEVICE uint32_t load_cluster(SharedAddress address, int rank) {  // the
   return v;
 }
 
+// A kernel that is launched early (Launch::early) waits here until the kernel before it has ended and what it wrote is there;
+// the kernel before lets it start (sm_90; before that nothing starts early).
+HALFBYTE_DEVICE void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+HALFBYTE_DEVICE void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // d += a * b, a 16 x 16 (or 16 x 32 int8), b 16 (32) x 8, by the 32 lanes of a warp: PTX ISA, "Matrix fragments".
 HALFBYTE_DEVICE void mma_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"

@@ -212,6 +212,7 @@ void run(Rng& rng) {
   c.m = m, c.n = n, c.k = k, c.ldx = ldx, c.ldy = ldy, c.ld_residual = ldy;
   c.x_type = x_type, c.y_type = below(rng, 3), c.residual_type = below(rng, 3);
   c.activation = below(rng, 5);
+  c.after_rows = codes && below(rng, 2);
   c.format = {f.bits, f.group, f.scale_bytes, f.offsets, f.pattern};
   c.splits = below(rng, 2) ? 1 << below(rng, 4) : 0;
   c.warps = below(rng, 3) == 0 ? 4 + 4 * below(rng, 2) : 0;

@@ -82,6 +82,8 @@ void barrier_arrive_expect(SharedAddress barrier, int bytes);
 bool barrier_try_wait(SharedAddress barrier, int parity);
 void copy_bulk(SharedAddress to, const void* from, int bytes, SharedAddress barrier, uint64_t policy);
 
+void wait_for_kernel_before();
+inline void let_next_kernel_start() {}  // kernels run one after the other
 void cluster_sync();
 uint32_t load_cluster(SharedAddress address, int rank);
 

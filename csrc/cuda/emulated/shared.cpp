@@ -191,6 +191,8 @@ bool barrier_try_wait(SharedAddress barrier, int parity) {
   }
 }
 
+void wait_for_kernel_before() { need_arch(90, "wait_for_kernel_before"); }
+
 void cluster_sync() {
   need_arch(90, "cluster_sync");
   me().machine->wait_for_all(me(), Wait::cluster);
