@@ -15,10 +15,11 @@ constexpr int max_k_of_codes = 65792;  // 255 * 128 * k fits in an int32
 
 bool known(const WeightFormat& f) {
   const bool groups = f.group == 32 || f.group == 64 || f.group == 128;
+  if (f.pattern != dense) return f.bits == 8 && !f.group && !f.offsets && (f.pattern == two_of_four || f.pattern == blocks);
   return (f.bits == 4 || f.bits == 8) && (groups || (f.group == 0 && !f.offsets)) && (f.scale_bytes == 2 || f.scale_bytes == 4);
 }
 
-WeightFormat format_of(const halfbyte_cuda_format& f) { return {f.bits, f.group, f.scale_bytes, f.offsets != 0}; }
+WeightFormat format_of(const halfbyte_cuda_format& f) { return {f.bits, f.group, f.scale_bytes, f.offsets != 0, f.pattern}; }
 
 bool aligned(const void* p, int64_t stride_bytes, int to) {
   return (reinterpret_cast<uintptr_t>(p) | static_cast<uint64_t>(stride_bytes)) % to == 0;
@@ -27,6 +28,7 @@ bool aligned(const void* p, int64_t stride_bytes, int to) {
 int check_numbers(const halfbyte_cuda_linear& c) {
   const bool codes = c.x_type == HALFBYTE_I8;
   if (!known(format_of(c.format)) || c.m < 1 || c.n < 1 || c.k < 1) return HALFBYTE_CUDA_BAD_ARGUMENT;
+  if (c.format.pattern != HALFBYTE_DENSE && (!codes || c.gate)) return HALFBYTE_CUDA_BAD_ARGUMENT;
   if (!codes && c.x_type != HALFBYTE_F16 && c.x_type != HALFBYTE_BF16) return HALFBYTE_CUDA_BAD_ARGUMENT;
   if (codes && c.k > max_k_of_codes) return HALFBYTE_CUDA_BAD_ARGUMENT;
   // Grids: 65535 blocks of rows and of channels.
@@ -39,10 +41,12 @@ int check_numbers(const halfbyte_cuda_linear& c) {
 
 int check_arrays(const halfbyte_cuda_linear& c) {
   const bool codes = c.x_type == HALFBYTE_I8;
-  if (!c.x || !c.weight || !c.scale || !c.y || c.ldx < c.k || c.ldy < c.n) return HALFBYTE_CUDA_BAD_ARGUMENT;
+  const bool by_blocks = c.format.pattern == HALFBYTE_BLOCKS;  // of which there may be none
+  if (!c.x || (!c.weight && !by_blocks) || !c.scale || !c.y || c.ldx < c.k || c.ldy < c.n) return HALFBYTE_CUDA_BAD_ARGUMENT;
   if (c.y_type < HALFBYTE_F32 || c.y_type > HALFBYTE_F16) return HALFBYTE_CUDA_BAD_ARGUMENT;
   if (c.residual && (c.residual_type < HALFBYTE_F32 || c.residual_type > HALFBYTE_F16)) return HALFBYTE_CUDA_BAD_ARGUMENT;
   if (c.activation < HALFBYTE_NONE || c.activation > HALFBYTE_SILU) return HALFBYTE_CUDA_BAD_ARGUMENT;
+  if (by_blocks && !c.starts) return HALFBYTE_CUDA_BAD_ARGUMENT;
   if (codes != (c.x_scale != nullptr) || (c.x_zero && (!codes || !c.total))) return HALFBYTE_CUDA_BAD_ARGUMENT;
   if (c.gate && (!c.gate_scale || (c.x_zero && !c.gate_total))) return HALFBYTE_CUDA_BAD_ARGUMENT;
   const bool fits = aligned(c.x, c.m > 1 ? c.ldx * (codes ? 1 : 2) : 0, 16) && aligned(c.weight, 0, 16) && aligned(c.gate, 0, 16);
@@ -55,11 +59,8 @@ int plan(const halfbyte_cuda_linear& call, LinearArgs& args) {
   Device device{};
   if (int error = device_of(-1, device)) return error;
   const WeightFormat f = format_of(call.format);
-  Schedule s = choose_schedule(device, f, call.m, call.n, call.k, call.gate != nullptr);
+  Schedule s = choose_schedule(device, f, call.m, call.n, call.k, call.gate != nullptr, call.warps, call.splits);
   if (call.arch) s.arch = call.arch;
-  if (call.splits) s.splits = call.splits;
-  if (call.warps) s.warps = call.warps;
-  s.stages = most_stages(s, f.tile_bytes(), device);
   const bool runs = device.arch >= 80 && (s.arch == 80 || (device.arch >= 90 && device.arch < 100));
   if (!runs || shared_bytes(s, f.tile_bytes()) > device.shared_bytes) return HALFBYTE_CUDA_NO_KERNEL;
   int shift = 0;
@@ -112,8 +113,10 @@ const char* halfbyte_cuda_linear_kernel(const struct halfbyte_cuda_linear* call)
   thread_local char name[64];
   LinearArgs args;
   if (plan(*call, args)) return nullptr;
-  std::snprintf(name, sizeof name, "linear_w%da%d_%dx%dx%d_sm%d", call->format.bits, call->x_type == HALFBYTE_I8 ? 8 : 16,
-                args.schedule.rows(), tile_n, tile_k, args.schedule.arch);
+  const WeightFormat f = format_of(call->format);
+  const char* const ops[] = {"linear", "spmm_nm", "spmm_block"};
+  std::snprintf(name, sizeof name, "%s_w%da%d_%dx%dx%d_sm%d", ops[f.pattern], f.bits, call->x_type == HALFBYTE_I8 ? 8 : 16,
+                args.schedule.rows(), tile_n, f.tile_depth(), args.schedule.arch);
   return name;
 }
 
@@ -136,19 +139,25 @@ int halfbyte_cuda_rows_run(const struct halfbyte_cuda_rows* call, void* stream) 
 int halfbyte_cuda_finish_run(const struct halfbyte_cuda_finish* call, void* stream) { return finish_run(*call, stream); }
 
 int halfbyte_cuda_dequantize_run(const struct halfbyte_cuda_dequantize* call, void* stream) {
-  if (!known(format_of(call->format))) return HALFBYTE_CUDA_BAD_ARGUMENT;
+  if (!known(format_of(call->format)) || call->format.pattern != HALFBYTE_DENSE) return HALFBYTE_CUDA_BAD_ARGUMENT;
   return dequantize_run(*call, stream);
 }
 
 int64_t halfbyte_cuda_weight_bytes(const struct halfbyte_cuda_format* format, int64_t n, int64_t k) {
   const WeightFormat f = format_of(*format);
-  return known(f) && n >= 0 && k >= 0 ? weight_bytes(f, n, k) : -1;
+  return known(f) && f.pattern != blocks && n >= 0 && k >= 0 ? weight_bytes(f, n, k) : -1;
 }
 
 int64_t halfbyte_cuda_code_bit(const struct halfbyte_cuda_format* format, int64_t n, int64_t k, int64_t k_all) {
   const WeightFormat f = format_of(*format);
-  if (!known(f) || n < 0 || k < 0 || k >= k_all) return -1;
+  if (!known(f) || f.pattern != dense || n < 0 || k < 0 || k >= k_all) return -1;
   const CodePosition position = code_position(f, n, k, k_all);
+  return position.byte * 8 + position.shift;
+}
+
+int64_t halfbyte_cuda_quad_bit(int64_t n, int64_t k, int64_t k_all, int index, int of_index) {
+  if (n < 0 || k < 0 || k >= k_all || index < 0 || index > 1) return -1;
+  const CodePosition position = quad_position(n, k, k_all, index, of_index != 0);
   return position.byte * 8 + position.shift;
 }
 

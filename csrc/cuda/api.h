@@ -25,9 +25,10 @@ enum halfbyte_cuda_dtype { HALFBYTE_F32 = 0, HALFBYTE_BF16 = 1, HALFBYTE_F16 = 2
 // What follows a product, in the order of the codes of halfbyte's ops.
 enum halfbyte_cuda_activation { HALFBYTE_NONE, HALFBYTE_RELU, HALFBYTE_GELU, HALFBYTE_GELU_TANH, HALFBYTE_SILU };
 
-// The format of a weight: layout.h.
+// The format of a weight: layout.h. Patterns of zeros are of 8 bits, without groups and of x of int8.
+enum halfbyte_cuda_pattern { HALFBYTE_DENSE = 0, HALFBYTE_TWO_OF_FOUR = 1, HALFBYTE_BLOCKS = 2 };
 struct halfbyte_cuda_format {
-  int32_t bits, group, scale_bytes, offsets;
+  int32_t bits, group, scale_bytes, offsets, pattern;
 };
 
 // y = activation(x @ weight.T + bias) + residual; with a gate y = (x @ weight.T + bias) * activation(x @ gate.T + gate_bias)
@@ -43,6 +44,8 @@ struct halfbyte_cuda_linear {
   const uint8_t* weight;  // layout.h
   const float* scale;     // [n]
   const void* total;      // [n]; needed with x_zero
+  const int32_t* starts;   // blocks: [n / 64, rounded up, + 1]
+  const int32_t* columns;  // blocks: [starts[last]]
   const uint8_t* gate;    // null: none
   const float* gate_scale;
   const void* gate_total;
@@ -60,6 +63,9 @@ struct halfbyte_cuda_linear {
   // 0: chosen. Otherwise forced, for tests and tuning: which kernel (80: copies by threads, partial sums through the
   // workspace; 90: bulk copies, clusters), over how many blocks k is split (1, 2, 4 or 8), warps per block (4 or 8).
   int32_t arch, splits, warps;
+  // Not 0: the last work put on the stream is the halfbyte_cuda_rows_run that makes x. Then the weights are fetched while
+  // it runs. (Of a weight that this very work wrote nothing may be read before its end.)
+  int32_t after_rows;
 };
 
 // Rows of floats -> int8 codes, as halfbyte's quantize_rows: float32 operations in the same order, so equal bits.
@@ -120,6 +126,7 @@ HALFBYTE_CUDA_API int halfbyte_cuda_dequantize_run(const struct halfbyte_cuda_de
 // layout.h, for packers in other languages and their tests: -1 where the format is none.
 HALFBYTE_CUDA_API int64_t halfbyte_cuda_weight_bytes(const struct halfbyte_cuda_format* format, int64_t n, int64_t k);
 HALFBYTE_CUDA_API int64_t halfbyte_cuda_code_bit(const struct halfbyte_cuda_format* format, int64_t n, int64_t k, int64_t k_all);
+HALFBYTE_CUDA_API int64_t halfbyte_cuda_quad_bit(int64_t n, int64_t k, int64_t k_all, int index, int of_index);  // two_of_four
 HALFBYTE_CUDA_API int64_t halfbyte_cuda_scale_byte(const struct halfbyte_cuda_format* format, int64_t n, int64_t k, int64_t k_all,
                                                    int offset);
 

@@ -10,6 +10,7 @@ struct Launch {
   int shared_bytes;
   int cluster = 1;  // blocks along x that run together and read each other's shared memory
   void* stream = nullptr;
+  bool early = false;  // while the kernel before it still runs, where that lets it: programmatic dependent launch
 };
 
 }  // namespace halfbyte::cuda
@@ -41,12 +42,19 @@ int launch(const Launch& how, const Args& args) {
   config.blockDim = dim3(how.threads);
   config.dynamicSmemBytes = how.shared_bytes;
   config.stream = static_cast<cudaStream_t>(how.stream);
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = how.cluster;
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  config.attrs = &cluster;
-  config.numAttrs = how.cluster > 1;
+  cudaLaunchAttribute attributes[2] = {};
+  config.attrs = attributes;
+  if (how.cluster > 1) {
+    cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = how.cluster;
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  }
+  if (how.early) {
+    cudaLaunchAttribute& early = attributes[config.numAttrs++];
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+  }
   return cudaLaunchKernelEx(&config, kernel, args);
 }
 

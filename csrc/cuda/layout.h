@@ -15,6 +15,17 @@
 //   offsets   [128 / group][64] of float32, where the weight is not symmetric
 //             The 64 channels in the order [8][4][2] of g, piece of 16 channels, u: a lane's eight are neighbours.
 //
+// Weights with zeros, of 8 bits and without groups:
+//
+//   two_of_four   of four consecutive k at most two are stored: per piece of 16 channels x 64 k 512 bytes of codes, operand
+//                 A of mma.sp.m16n8k64, then for each piece of the tile 32 words of indices. A lane's 16 bytes are its four
+//                 words: word 2 h + u: channel g + 8 u, of the 32 k of half h the quads ("chunks") 2 t and 2 t + 1 as the mma
+//                 counts them, two codes each. It counts the quads 0 .. 7 of a half as 0 2 4 6 1 3 5 7 of the weight, so that
+//                 operand B is again two times eight neighbours. The word of indices of lane 4 g + t is of channel
+//                 g + 8 (t & 1) and half t / 2: four bits per quad, the places of its two codes, the lower one first.
+//   blocks        tiles of 64 channels x 64 k, of which only those with something in them are stored, by channel, then k;
+//                 starts[n tile] .. starts[n tile + 1] - 1 are a row's tiles, and columns[tile] is k / 64.
+//
 // The weight is (c * group_scale + offset) * scale[n], c the code: of 8 bits an int8, of 4 bits u - 8. What a
 // QuantizedTensor calls zero is offset = -zero * group_scale (of 4 bits (8 - zero) * group_scale), its minimum is minimum
 // (+ 8 * group_scale). Padding has the code 0 and, where there are groups, the scale 0.
@@ -35,20 +46,27 @@ constexpr int pieces_side_by_side = tile_n / 16;
 
 HALFBYTE_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+enum Pattern { dense = 0, two_of_four = 1, blocks = 2 };
+
 struct WeightFormat {
   int bits;         // 4 or 8
   int group;        // 32, 64 or 128 k per scale; 0: none, only the scale of the channel
   int scale_bytes;  // of a group's scale: 2 (float16) or 4 (float32)
   bool offsets;     // needs groups
+  int pattern = dense;
 
-  HALFBYTE_HD constexpr int code_bytes() const { return tile_n * tile_k * bits / 8; }
+  HALFBYTE_HD constexpr int tile_depth() const { return pattern == blocks ? tile_k / 2 : tile_k; }
+  HALFBYTE_HD constexpr int code_bytes() const {
+    return tile_n * tile_depth() * bits / 8 / (pattern == two_of_four ? 2 : 1);
+  }
+  HALFBYTE_HD constexpr int index_bytes() const { return pattern == two_of_four ? tile_n * tile_k / 8 : 0; }
   HALFBYTE_HD constexpr int groups() const { return group ? tile_k / group : 0; }  // of a tile
-  HALFBYTE_HD constexpr int scales_at() const { return code_bytes(); }
+  HALFBYTE_HD constexpr int scales_at() const { return code_bytes() + index_bytes(); }
   HALFBYTE_HD constexpr int offsets_at() const { return scales_at() + groups() * tile_n * scale_bytes; }
   HALFBYTE_HD constexpr int tile_bytes() const { return offsets_at() + (offsets ? groups() * tile_n * 4 : 0); }
 };
 
-HALFBYTE_HD constexpr int64_t k_tiles(int64_t k) { return ceil_div(k, tile_k); }
+HALFBYTE_HD constexpr int64_t k_tiles(int64_t k) { return ceil_div(k, tile_k); }  // dense
 HALFBYTE_HD constexpr int64_t n_tiles(int64_t n) { return ceil_div(n, tile_n); }
 
 HALFBYTE_HD constexpr int64_t weight_bytes(const WeightFormat& f, int64_t n, int64_t k) {
@@ -72,6 +90,22 @@ HALFBYTE_HD constexpr CodePosition code_position(const WeightFormat& f, int64_t 
   if (f.bits == 8) return {byte + (2 * s + upper) * 4 + j, 0};
   const int word = in_tile % 64 / 32 * 2 + s;
   return {byte + word * 4 + (j == 1 ? 2 : j == 2 ? 1 : j), 4 * upper};
+}
+
+// Of two_of_four: where the code is that the quad of (n, k) stores first (index 0) or second, and the bit of its 2-bit index.
+HALFBYTE_HD constexpr CodePosition quad_position(int64_t n, int64_t k, int64_t k_all, int index, bool of_index) {
+  const WeightFormat f{8, 0, 4, false, two_of_four};
+  const int64_t tile = n / tile_n * k_tiles(k_all) + k / tile_k;
+  const int g = static_cast<int>(n % 8), upper = static_cast<int>(n % 16) / 8, in_tile = static_cast<int>(k % tile_k);
+  const int piece = in_tile / 64 * pieces_side_by_side + static_cast<int>(n % tile_n) / 16, half = in_tile % 64 / 32;
+  const int quad = in_tile % 32 / 4, counted = quad % 2 * 4 + quad / 2;
+  const int64_t at = tile * f.tile_bytes();
+  if (of_index) {
+    const int lane = 4 * g + 2 * half + upper, bit = 4 * counted + 2 * index;
+    return {at + f.code_bytes() + piece * 128 + lane * 4 + bit / 8, bit % 8};
+  }
+  const int lane = 4 * g + counted / 2;
+  return {at + piece * piece_bytes + lane * lane_bytes + (2 * half + upper) * 4 + counted % 2 * 2 + index, 0};
 }
 
 // Where the scale (or the offset) of channel n and of the group of k is.

@@ -27,7 +27,8 @@ struct Pick<false, A, B> {
 
 constexpr int pieces = pieces_side_by_side;
 
-enum class Groups { none, symmetric, offset };  // what a weight has in each group of k
+// What a weight has besides a scale per channel: scales of groups, offsets too, or zeros.
+enum class Has { nothing, groups, offsets, pairs, blocks };
 
 // The scales (or offsets) of one group for a lane's eight channels, g and g + 8 of each piece.
 struct OfGroup {
@@ -57,9 +58,9 @@ struct OfGroup {
 };
 
 // x_type: HALFBYTE_F16, HALFBYTE_BF16 or HALFBYTE_I8. columns: rows of x in units of 8.
-template <int x_type, int bits, int columns, Groups groups>
+template <int x_type, int bits, int columns, Has has>
 struct Multiplier {
-  static constexpr bool grouped = groups != Groups::none, offsets = groups == Groups::offset;
+  static constexpr bool grouped = has == Has::groups || has == Has::offsets, offsets = has == Has::offsets;
   static constexpr bool integer = x_type == HALFBYTE_I8;
   static constexpr int words = integer ? 2 : 4;  // of x in 32 k of a row, in one lane
   static constexpr int x_bytes = integer ? 1 : 2;
@@ -188,6 +189,23 @@ struct Multiplier {
     }
   }
 
+  // 64 k of a tile of pairs.
+  HALFBYTE_DEVICE void multiply_pairs(const char* tile, const X& x, int half, int lane) {
+    constexpr int code_bytes = WeightFormat{8, 0, 4, false, two_of_four}.code_bytes();
+#pragma unroll
+    for (int p = 0; p < pieces; ++p) {
+      const int piece = half * pieces + p;
+      const Word4 q = *reinterpret_cast<const Word4*>(tile + piece * piece_bytes + lane * lane_bytes);
+      const uint32_t indices = *reinterpret_cast<const uint32_t*>(tile + code_bytes + (piece * 32 + lane) * 4);
+      const uint32_t a[4] = {q.x, q.y, q.z, q.w};
+#pragma unroll
+      for (int c = 0; c < columns; ++c) {
+        const uint32_t b[4] = {x.b[0][c][0], x.b[0][c][1], x.b[1][c][0], x.b[1][c][1]};
+        mma_sparse_s8(sum[p][c], a, b, indices);
+      }
+    }
+  }
+
   // 64 k of a tile.
   HALFBYTE_DEVICE void multiply64(const char* tile, const LinearArgs& args, const X& x, int half, int lane) {
     const bool each_32 = args.group_shift == 5;
@@ -258,34 +276,54 @@ HALFBYTE_DEVICE void finish(const halfbyte_cuda_linear& c, Sum sum, Sum gate, in
   Output{c.y, c.residual, c.ldy, c.ld_residual, c.y_type, c.residual_type}.store(v, m, n);
 }
 
-// Copy: how a warp's tiles come into shared memory (start, wait) and how the sums of blocks that share k meet and
+// Copy: how a warp's tiles come into shared memory (start, wait), what to wait for before x is read (before_x), and how the sums of blocks that share k meet and
 // become outputs (meet).
 // Grid: blocks that share k, blocks of rows, tiles of channels.
-template <class Copy, int x_type, int bits, int columns, Groups groups>
+template <class Copy, int x_type, int bits, int columns, Has has>
 HALFBYTE_KERNEL(256, columns == 1 ? 2 : 1)
 linear_kernel(const LinearArgs args) {
-  using Multiply = Multiplier<x_type, bits, columns, groups>;
+  using Multiply = Multiplier<x_type, bits, columns, has>;
   using Sum = typename Multiply::Sum;
   const halfbyte_cuda_linear& call = args.call;
   const int lane = thread() % 32, warp = thread() / 32;
   const int sides = call.gate ? 2 : 1, warps = args.schedule.warps / sides;  // that share out k
   const int side = warp / warps, stages = args.schedule.stages;
   const int step = blocks_x() * warps, first = block_x() * warps + warp % warps;
-  const int count = first < args.k_tiles ? (args.k_tiles - first + step - 1) / step : 0;
-  const uint8_t* weight = (side ? call.gate : call.weight) +
-                          (static_cast<int64_t>(block_z()) * args.k_tiles + first) * args.tile_bytes;
+  int64_t begin = static_cast<int64_t>(block_z()) * args.k_tiles;
+  int tiles = args.k_tiles;  // of these channels
+  if constexpr (has == Has::blocks) {
+    begin = call.starts[block_z()];
+    tiles = call.starts[block_z() + 1] - static_cast<int>(begin);
+  }
+  const int count = first < tiles ? (tiles - first + step - 1) / step : 0;
+  const uint8_t* weight = (side ? call.gate : call.weight) + (begin + first) * args.tile_bytes;
   const int64_t stride = static_cast<int64_t>(step) * args.tile_bytes;
 
   char* ring = shared_memory() + barrier_bytes + warp * stages * args.tile_bytes;
   Copy copy(shared_memory(), ring, args, warp, lane);
   for (int i = 0; i < stages; ++i) copy.start(i < count, i, weight + i * stride);
 
+  copy.before_x();  // the weights are on their way; x may still be being made
+
   Multiply multiply;
   int stage = 0, round = 0;
   for (int i = 0; i < count; ++i) {
-    const int64_t k = static_cast<int64_t>(first + i * step) * tile_k;
     const char* tile = ring + stage * args.tile_bytes;
-    if constexpr (columns < 4) {
+    int64_t k = static_cast<int64_t>(first + i * step) * tile_k;
+    if constexpr (has == Has::blocks) {
+      k = static_cast<int64_t>(call.columns[begin + first + i * step]) * (tile_k / 2);
+      typename Multiply::X x;
+      Multiply::load_x(call, k, lane, x);
+      copy.wait(stage, round & 1);
+      multiply.multiply64(tile, args, x, 0, lane);
+    } else if constexpr (has == Has::pairs) {
+      typename Multiply::X x[2];
+      Multiply::load_x(call, k, lane, x[0]);
+      Multiply::load_x(call, k + 64, lane, x[1]);
+      copy.wait(stage, round & 1);
+      multiply.multiply_pairs(tile, x[0], 0, lane);
+      multiply.multiply_pairs(tile, x[1], 1, lane);
+    } else if constexpr (columns < 4) {
       typename Multiply::X x[2];
       Multiply::load_x(call, k, lane, x[0]);
       Multiply::load_x(call, k + 64, lane, x[1]);

@@ -7,9 +7,13 @@ namespace halfbyte::cuda {
 template <class Copy, int x_type, int bits, int columns>
 int launch_linear(const LinearArgs& args, const Launch& how) {
   const auto& format = args.call.format;
-  if (format.offsets) return launch<linear_kernel<Copy, x_type, bits, columns, Groups::offset>>(how, args);
-  if (format.group) return launch<linear_kernel<Copy, x_type, bits, columns, Groups::symmetric>>(how, args);
-  return launch<linear_kernel<Copy, x_type, bits, columns, Groups::none>>(how, args);
+  if constexpr (x_type == HALFBYTE_I8 && bits == 8) {
+    if (format.pattern == two_of_four) return launch<linear_kernel<Copy, x_type, bits, columns, Has::pairs>>(how, args);
+    if (format.pattern == blocks) return launch<linear_kernel<Copy, x_type, bits, columns, Has::blocks>>(how, args);
+  }
+  if (format.offsets) return launch<linear_kernel<Copy, x_type, bits, columns, Has::offsets>>(how, args);
+  if (format.group) return launch<linear_kernel<Copy, x_type, bits, columns, Has::groups>>(how, args);
+  return launch<linear_kernel<Copy, x_type, bits, columns, Has::nothing>>(how, args);
 }
 
 template <class Copy, int x_type, int bits>
@@ -30,10 +34,10 @@ int launch_linear(const LinearArgs& args, const Launch& how) {
 }
 
 template <class Copy>
-int launch_linear(const LinearArgs& args, int cluster, void* stream) {
+int launch_linear(const LinearArgs& args, int cluster, bool early, void* stream) {
   const Schedule& s = args.schedule;
   const Launch how{{s.splits, ceil_div(args.call.m, s.rows()), n_tiles(args.call.n)},
-                   32 * s.warps, shared_bytes(s, args.tile_bytes), cluster, stream};
+                   32 * s.warps, shared_bytes(s, args.tile_bytes), cluster, stream, early};
   switch (args.call.x_type) {
     case HALFBYTE_F16:
       return launch_linear<Copy, HALFBYTE_F16>(args, how);

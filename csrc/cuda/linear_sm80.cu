@@ -24,6 +24,7 @@ class CopyByThreads {
     }
     copy_async_commit();
   }
+  HALFBYTE_DEVICE void before_x() {}
   HALFBYTE_DEVICE void wait(int, int) {
     if (stages_ == 3) {
       copy_async_wait<2>();
@@ -74,7 +75,7 @@ linear_meet_kernel(const LinearArgs args) {
 }  // namespace
 
 int linear_sm80(const LinearArgs& args, void* stream) {
-  if (int error = launch_linear<CopyByThreads>(args, 1, stream)) return error;
+  if (int error = launch_linear<CopyByThreads>(args, 1, false, stream)) return error;
   if (args.schedule.splits == 1) return 0;
   const Launch how{{ceil_div(args.call.n, 256), args.call.m, 1}, 256, 0, 1, stream};
   if (args.call.x_type != HALFBYTE_I8 || args.call.format.group) return launch<linear_meet_kernel<8, float>>(how, args);

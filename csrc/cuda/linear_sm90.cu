@@ -13,6 +13,7 @@ class CopyInBulk {
     if (lane == 0) {
       for (int stage = 0; stage < args.schedule.stages; ++stage) barrier_init(barriers_ + 8 * stage, 1);
       barrier_init_fence();
+      async_proxy_fence();
     }
     warp_sync();
   }
@@ -22,6 +23,7 @@ class CopyInBulk {
     barrier_arrive_expect(barriers_ + 8 * stage, bytes_);
     copy_bulk(ring_ + stage * bytes_, from, bytes_, barriers_ + 8 * stage, policy_);
   }
+  HALFBYTE_DEVICE void before_x() { wait_for_kernel_before(); }
   HALFBYTE_DEVICE void wait(int stage, int parity) {
     while (!barrier_try_wait(barriers_ + 8 * stage, parity)) {
     }
@@ -61,7 +63,7 @@ class CopyInBulk {
 }  // namespace
 
 int linear_sm90(const LinearArgs& args, void* stream) {
-  return launch_linear<CopyInBulk>(args, args.schedule.splits, stream);
+  return launch_linear<CopyInBulk>(args, args.schedule.splits, args.call.after_rows != 0, stream);
 }
 
 }  // namespace halfbyte::cuda

@@ -79,6 +79,8 @@ HALFBYTE_DEVICE void barrier_init(SharedAddress barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 HALFBYTE_DEVICE void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+// What the thread did to shared memory comes before what bulk copies do to it later.
+HALFBYTE_DEVICE void async_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 HALFBYTE_DEVICE void barrier_arrive_expect(SharedAddress barrier, int bytes) {
   asm volatile("{ .reg .b64 state; mbarrier.arrive.expect_tx.shared::cta.b64 state, [%0], %1; }" ::"r"(barrier), "r"(bytes)
                : "memory");
@@ -100,11 +102,6 @@ HALFBYTE_DEVICE void copy_bulk(SharedAddress to, const void* from, int bytes, Sh
 }
 
 // Blocks of one cluster (sm_90).
-HALFBYTE_DEVICE int cluster_rank() {
-  uint32_t rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return static_cast<int>(rank);
-}
 HALFBYTE_DEVICE void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
@@ -113,6 +110,15 @@ HALFBYTE_DEVICE uint32_t load_cluster(SharedAddress address, int rank) {  // the
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
   asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(v) : "r"(there) : "memory");
   return v;
+}
+
+// A kernel that is launched early (Launch::early) waits here until the kernel before it has ended and what it wrote is there;
+// the kernel before lets it start (sm_90; before that nothing starts early).
+HALFBYTE_DEVICE void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+HALFBYTE_DEVICE void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }
 
 // d += a * b, a 16 x 16 (or 16 x 32 int8), b 16 (32) x 8, by the 32 lanes of a warp: PTX ISA, "Matrix fragments".
@@ -130,6 +136,14 @@ HALFBYTE_DEVICE void mma_s8(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, ui
   asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// a: 16 x 64 int8 of which every four neighbours in a row have two at most, whose places are in `indices`.
+HALFBYTE_DEVICE void mma_sparse_s8(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t indices) {
+  asm("mma.sp::ordered_metadata.sync.aligned.m16n8k64.row.col.s32.s8.s8.s32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, 0x0;"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(indices));
 }
 
 // The bytes of {b, a} that the nibbles of `select` name: 0..3 of a, 4..7 of b.

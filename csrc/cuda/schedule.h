@@ -24,14 +24,29 @@ HALFBYTE_HD constexpr int shared_bytes(const Schedule& s, int tile_bytes) {
 // The sums of all warps, of 64 channels and up to 32 rows, take the place of the tiles: 8 KiB a warp, less than two tiles.
 static_assert(tile_n * 32 * 4 <= 2 * WeightFormat{4, 0, 0, false}.tile_bytes());
 
-constexpr int most_stages(const Schedule& s, int tile_bytes, const Device& device) {
-  return shared_bytes({0, 0, s.warps, 1, 3}, tile_bytes) <= device.shared_bytes ? 3 : 2;
+// Three stages hide the latency of memory, and eight warps of a processor that of the arithmetic: a warp alone takes some
+// 1000 cycles for a tile of 4 bits, and memory brings a processor one every 256 (H200: 4.3 TB/s, 132 processors, 1.9 GHz).
+constexpr void fit(Schedule& s, int tile_bytes, const Device& device, int forced_warps) {
+  for (int warps = 8; warps >= 4; warps /= 2) {
+    for (int stages = 3; stages >= 2; --stages) {
+      if (forced_warps && warps != forced_warps) continue;
+      s.warps = warps;
+      s.stages = stages;
+      if (shared_bytes(s, tile_bytes) <= device.shared_bytes) return;
+    }
+  }
 }
 
 // Nothing here but `columns` depends on m, and `columns` changes no sum: a row's result does not depend on the others.
-constexpr Schedule choose_schedule(const Device& device, const WeightFormat& f, int64_t m, int64_t n, int64_t k, bool gated) {
-  Schedule best{device.arch >= 90 && device.arch < 100 ? 90 : 80, m <= 8 ? 1 : m <= 16 ? 2 : 4, 4, 1, 3};
-  best.stages = most_stages(best, f.tile_bytes(), device);
+// 0 is no force.
+constexpr Schedule choose_schedule(const Device& device, const WeightFormat& f, int64_t m, int64_t n, int64_t k, bool gated,
+                                   int forced_warps, int forced_splits) {
+  Schedule best{device.arch >= 90 && device.arch < 100 ? 90 : 80, m <= 8 ? 1 : m <= 16 ? 2 : 4, 8, 1, 3};
+  fit(best, f.tile_bytes(), device, forced_warps);
+  if (forced_splits) {
+    best.splits = forced_splits;
+    return best;
+  }
   // Time in tiles of one processor: its blocks, each with its share of k and a beginning and an end worth six tiles (about
   // 1 us where a processor streams 32 KiB/us); blocks that split k meet once more. A guess to be replaced by measurements.
   const int64_t sides = gated ? 2 : 1, warps = best.warps / sides;

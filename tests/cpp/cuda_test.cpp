@@ -1,5 +1,6 @@
 // The linear kernels of the GPU, run on the emulated one through the C interface, against sums in double. Built apart
 // from core_test, of the emulated library's sources, with or without sanitizers: cuda_test [rounds [seed]].
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -57,8 +58,12 @@ struct Memory {
 
 // A packed weight [n, k] and what it means.
 struct Weight {
-  Weight(Rng& rng, WeightFormat f, int n, int k)
-      : packed(weight_bytes(f, n, k)), value(int64_t{n} * k), plain(int64_t{n} * k), scale(n), sum(n), total(n) {
+  Weight(Rng& rng, WeightFormat f, int n, int k, int64_t tiles_there = 0)
+      : packed(f.pattern == blocks ? tiles_there * f.tile_bytes() : weight_bytes(f, n, k)), value(int64_t{n} * k), plain(int64_t{n} * k), scale(n), sum(n), total(n) {
+    if (f.pattern != dense) {
+      fill_pattern(rng, f, n, k, tiles_there);
+      return;
+    }
     std::memset(packed.p, f.bits == 4 ? 0x88 : 0, packed.bytes);
     const int64_t tiles = n_tiles(n) * k_tiles(k);
     for (int64_t i = 0; i < tiles; ++i) std::memset(packed.p + i * f.tile_bytes() + f.scales_at(), 0, f.tile_bytes() - f.scales_at());
@@ -88,7 +93,55 @@ struct Weight {
       total[j] = static_cast<float>(exact);
     }
   }
+
+  void put(int j, int64_t k_all, int i, int code) {
+    plain[j * k_all + i] = code;
+    value[j * k_all + i] = code;
+    sum[j] += code;
+  }
+
+  void fill_pattern(Rng& rng, WeightFormat f, int n, int k, int64_t tiles_there) {
+    std::memset(packed.p, 0, packed.bytes);
+    for (float& s : scale) s = 0.01f + 0.1f * std::fabs(uniform(rng));
+    if (f.pattern == two_of_four) {
+      for (int64_t quad = 0; quad < n_tiles(n) * tile_n * k_tiles(k) * (tile_k / 4); ++quad) {
+        const int64_t j = quad / (k_tiles(k) * (tile_k / 4)), k_all = k_tiles(k) * tile_k, i = quad % (k_all / 4) * 4;
+        const int first = below(rng, 3), second = first + 1 + below(rng, 3 - first);
+        for (int index = 0; index < 2; ++index) {
+          const int place = index ? second : first;
+          const CodePosition at = quad_position(j, i, k_all, index, false), bits = quad_position(j, i, k_all, index, true);
+          packed.p[bits.byte] = static_cast<char>(packed.p[bits.byte] | place << bits.shift);
+          if (j >= n || i + place >= k) continue;  // padding: code 0
+          const int code = below(rng, 256) - 128;
+          packed.p[at.byte] = static_cast<char>(code);
+          put(static_cast<int>(j), k, static_cast<int>(i) + place, code);
+        }
+      }
+      return;
+    }
+    const int64_t depth = ceil_div(k, tile_k / 2);
+    int64_t left = tiles_there, places = n_tiles(n) * depth;
+    starts.push_back(0);
+    for (int64_t tile = 0; tile < n_tiles(n) * depth; ++tile, --places) {
+      if (static_cast<int64_t>(rng() % static_cast<unsigned>(places)) < left) {
+        --left;
+        const WeightFormat one{8, 0, 4, false, blocks};  // a weight of this tile alone
+        for (int64_t j = tile / depth * tile_n; j < std::min<int64_t>(n, (tile / depth + 1) * tile_n); ++j) {
+          for (int64_t i = tile % depth * 64; i < std::min<int64_t>(k, (tile % depth + 1) * 64); ++i) {
+            const int code = below(rng, 256) - 128;
+            packed.p[static_cast<int64_t>(columns.size()) * one.tile_bytes() + code_position(one, j % 64, i % 64, 64).byte] =
+                static_cast<char>(code);
+            put(static_cast<int>(j), k, static_cast<int>(i), code);
+          }
+        }
+        columns.push_back(static_cast<int32_t>(tile % depth));
+      }
+      if ((tile + 1) % depth == 0) starts.push_back(static_cast<int32_t>(columns.size()));
+    }
+  }
+
   Memory packed;
+  std::vector<int32_t> starts, columns;
   std::vector<double> value;  // without `scale`
   std::vector<int> plain;
   std::vector<float> scale;
@@ -110,12 +163,14 @@ void run(Rng& rng) {
   constexpr int groups[] = {0, 32, 64, 128}, ms[] = {1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 50};
   WeightFormat f{below(rng, 2) ? 4 : 8, groups[below(rng, 4)], below(rng, 2) ? 2 : 4, false};
   f.offsets = f.group && below(rng, 2);
-  const int x_type = below(rng, 3) == 0 ? HALFBYTE_I8 : below(rng, 2) ? HALFBYTE_BF16 : HALFBYTE_F16;
+  if (below(rng, 5) == 0) f = {8, 0, 4, false, 1 + below(rng, 2)};
+  const int x_type = f.pattern != dense || below(rng, 3) == 0 ? HALFBYTE_I8 : below(rng, 2) ? HALFBYTE_BF16 : HALFBYTE_F16;
   const bool codes = x_type == HALFBYTE_I8, exact = codes && f.bits == 8 && !f.group;
   const int m = ms[below(rng, 11)], n = 1 + below(rng, below(rng, 4) ? 70 : 200), unit = codes ? 16 : 8;
   const int k = unit * (1 + below(rng, (below(rng, 4) ? 300 : 1500) / unit));
-  const bool gated = below(rng, 4) == 0, asymmetric = codes && below(rng, 3);
-  const Weight up(rng, f, n, k), gate(rng, f, gated ? n : 1, gated ? k : unit);
+  const bool gated = f.pattern == dense && below(rng, 4) == 0, asymmetric = codes && below(rng, 3);
+  const int64_t places = n_tiles(n) * ceil_div(k, 64);
+  const Weight up(rng, f, n, k, below(rng, static_cast<int>(places) + 1)), gate(rng, f, gated ? n : 1, gated ? k : unit);
 
   const int64_t ldx = k + unit * below(rng, 3), ldy = n + below(rng, 3);
   Memory x(((m - 1) * ldx + k) * size_of(x_type));
@@ -146,6 +201,7 @@ void run(Rng& rng) {
   c.weight = reinterpret_cast<const uint8_t*>(up.packed.p);
   c.scale = up.scale.data();
   c.total = exact ? static_cast<const void*>(up.sum.data()) : up.total.data();
+  if (f.pattern == blocks) c.starts = up.starts.data(), c.columns = up.columns.data();
   if (gated) {
     c.gate = reinterpret_cast<const uint8_t*>(gate.packed.p);
     c.gate_scale = gate.scale.data();
@@ -156,7 +212,8 @@ void run(Rng& rng) {
   c.m = m, c.n = n, c.k = k, c.ldx = ldx, c.ldy = ldy, c.ld_residual = ldy;
   c.x_type = x_type, c.y_type = below(rng, 3), c.residual_type = below(rng, 3);
   c.activation = below(rng, 5);
-  c.format = {f.bits, f.group, f.scale_bytes, f.offsets};
+  c.after_rows = codes && below(rng, 2);
+  c.format = {f.bits, f.group, f.scale_bytes, f.offsets, f.pattern};
   c.splits = below(rng, 2) ? 1 << below(rng, 4) : 0;
   c.warps = below(rng, 3) == 0 ? 4 + 4 * below(rng, 2) : 0;
   Memory residual(((m - 1) * ldy + n) * size_of(c.residual_type));
@@ -165,7 +222,7 @@ void run(Rng& rng) {
 
   const std::string name = "m " + std::to_string(m) + " n " + std::to_string(n) + " k " + std::to_string(k) + " bits " +
                            std::to_string(f.bits) + " group " + std::to_string(f.group) + " offsets " + std::to_string(f.offsets) +
-                           " x " + std::to_string(x_type) + " gate " + std::to_string(gated) + " splits " +
+                           " pattern " + std::to_string(f.pattern) + " x " + std::to_string(x_type) + " gate " + std::to_string(gated) + " splits " +
                            std::to_string(c.splits) + " warps " + std::to_string(c.warps);
   const int processors = 1 + below(rng, 8);
   std::vector<char> first;

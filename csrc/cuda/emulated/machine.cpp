@@ -75,6 +75,7 @@ const char* name_of(Collective c) {
     case Collective::mma_f16: return "mma_f16";
     case Collective::mma_bf16: return "mma_bf16";
     case Collective::mma_s8: return "mma_s8";
+    case Collective::mma_sparse_s8: return "mma_sparse_s8";
   }
   return "";
 }

@@ -40,12 +40,12 @@ struct Barrier {
 };
 
 enum class Wait : uint8_t { none, done, block, cluster, warp, barrier };
-enum class Collective : uint8_t { sync, shuffle, mma_f16, mma_bf16, mma_s8 };
+enum class Collective : uint8_t { sync, shuffle, mma_f16, mma_bf16, mma_s8, mma_sparse_s8 };
 const char* name_of(Collective c);
 
 // What the lanes of a warp bring to a collective; their results are in d.
 struct Registers {
-  alignas(16) uint32_t d[4][32], a[4][32], b[2][32];
+  alignas(16) uint32_t d[4][32], a[4][32], b[5][32];
 };
 
 struct Block;

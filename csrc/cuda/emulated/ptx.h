@@ -77,11 +77,13 @@ inline void copy_async_wait() {
 // Copies of a barrier, made when somebody waits for a phase that lacks nothing else.
 void barrier_init(SharedAddress barrier, int arrivals);
 void barrier_init_fence();
+void async_proxy_fence();
 void barrier_arrive_expect(SharedAddress barrier, int bytes);
 bool barrier_try_wait(SharedAddress barrier, int parity);
 void copy_bulk(SharedAddress to, const void* from, int bytes, SharedAddress barrier, uint64_t policy);
 
-int cluster_rank();
+void wait_for_kernel_before();
+inline void let_next_kernel_start() {}  // kernels run one after the other
 void cluster_sync();
 uint32_t load_cluster(SharedAddress address, int rank);
 
@@ -89,6 +91,7 @@ uint32_t load_cluster(SharedAddress address, int rank);
 void mma_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 void mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 void mma_s8(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+void mma_sparse_s8(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t indices);
 
 inline uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) { return (a & b) | c; }
 inline uint32_t and_xor(uint32_t a, uint32_t b, uint32_t c) { return (a & b) ^ c; }

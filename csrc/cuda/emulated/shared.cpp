@@ -145,6 +145,8 @@ void barrier_init_fence() {
   for (Barrier& b : me().block_of->barriers) b.fenced |= b.maker == me().thread;
 }
 
+void async_proxy_fence() { need_arch(90, "async_proxy_fence"); }
+
 void barrier_arrive_expect(SharedAddress barrier, int bytes) {
   need_arch(90, "barrier_arrive_expect");
   Barrier& b = barrier_at(barrier, "barrier_arrive_expect");
@@ -197,10 +199,7 @@ bool barrier_try_wait(SharedAddress barrier, int parity) {
   }
 }
 
-int cluster_rank() {
-  need_arch(90, "cluster_rank");
-  return here->rank;
-}
+void wait_for_kernel_before() { need_arch(90, "wait_for_kernel_before"); }
 
 void cluster_sync() {
   need_arch(90, "cluster_sync");

@@ -131,12 +131,35 @@ void multiply8(Registers& r) {
   }
 }
 
+// "... for sparse mma.m16n8k64": b[i] of lane 4 n + t are the k 16 i + 4 t ..; a[2 h + u] of lane 4 g + t are, of row
+// g + 8 u, the quads 8 h + 2 t and the next, two codes each; the indices of row g + 8 u and of the quads 8 h .. 8 h + 7, four
+// bits each, are in lane 4 g + 2 h + u. Of the two places in a quad the first must be the lower one.
+void multiply_pairs(Registers& r) {
+  const auto code = [](uint32_t word, int j) { return static_cast<int>(static_cast<int8_t>(word >> 8 * j)); };
+  for (int row = 0; row < 16; ++row) {
+    const int g = row % 8, u = row / 8;
+    for (int quad = 0; quad < 16; ++quad) {
+      const int h = quad / 8, t = quad % 8 / 2;
+      const uint32_t places = r.b[4][4 * g + 2 * h + u] >> quad % 8 * 4, word = r.a[2 * h + u][4 * g + t];
+      if ((places & 3) >= (places >> 2 & 3)) fail("mma_sparse_s8: the places %u and %u in a quad", places & 3, places >> 2 & 3);
+      for (int i = 0; i < 2; ++i) {
+        const int k = 4 * quad + static_cast<int>(places >> 2 * i & 3), a = code(word, quad % 2 * 2 + i);
+        for (int n = 0; n < 8; ++n) {
+          const int b = code(r.b[k / 16][4 * n + k % 16 / 4], k % 4);
+          r.d[2 * u + n % 2][4 * g + n / 2] += static_cast<uint32_t>(a * b);
+        }
+      }
+    }
+  }
+}
+
 void compute(Collective collective, Registers& r) {
   switch (collective) {
     case Collective::sync: return;
     case Collective::mma_f16: return multiply16<F16>(r);
     case Collective::mma_bf16: return multiply16<BF16>(r);
     case Collective::mma_s8: return multiply8(r);
+    case Collective::mma_sparse_s8: return multiply_pairs(r);
     case Collective::shuffle:
       for (int lane = 0; lane < 32; ++lane) r.d[0][lane] = r.a[0][lane ^ static_cast<int>(r.b[0][lane])];
   }
@@ -198,5 +221,12 @@ int shuffle_xor(int v, int mask) { return static_cast<int>(shuffle(static_cast<u
 void mma_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { multiply(Collective::mma_f16, d, a, b0, b1); }
 void mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { multiply(Collective::mma_bf16, d, a, b0, b1); }
 void mma_s8(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { multiply(Collective::mma_s8, d, a, b0, b1); }
+void mma_sparse_s8(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t indices) {
+  Registers& r = me().warp->registers;
+  r.b[2][me().thread % 32] = b[2];
+  r.b[3][me().thread % 32] = b[3];
+  r.b[4][me().thread % 32] = indices;
+  multiply(Collective::mma_sparse_s8, d, a, b[0], b[1]);
+}
 
 }  // namespace halfbyte::cuda
