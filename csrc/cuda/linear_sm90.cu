@@ -46,12 +46,18 @@ class CopyInBulk {
       }
       return v;
     };
-    if (blocks > 1) cluster_sync();
+    if (blocks > 1) {
+      warp_sync();  // a cluster's barrier takes whole warps
+      cluster_sync();
+    }
     for (int e = block_x() * threads() + thread(); e < rows * tile_n; e += blocks * threads()) {
       const int64_t n = n0 + e % tile_n;
       if (n < call.n) finish<bits, Sum>(call, total(0, e), call.gate ? total(1, e) : Sum{0}, m0 + e / tile_n, n);
     }
-    if (blocks > 1) cluster_sync();  // a block's memory must last until all have read it
+    if (blocks > 1) {
+      warp_sync();
+      cluster_sync();  // a block's memory must last until all have read it
+    }
   }
 
  private:

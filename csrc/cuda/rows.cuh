@@ -159,6 +159,7 @@ struct Norm {
 // bytes: of an element of x. values: in the registers of a thread. Rows that `vectors` describes.
 template <int kind, int values, int bytes>
 HALFBYTE_KERNEL(rows_threads, 1) quantize_row(const RowsArgs args) {
+  let_next_kernel_start();
   const halfbyte_cuda_rows& call = args.call;
   constexpr int chunks = values / 8;
   // Loads under way at once: as many as fit the registers beside the values.
@@ -310,6 +311,7 @@ struct LongRow {
 
 template <int kind>
 HALFBYTE_KERNEL(rows_threads, 1) quantize_long_row(const RowsArgs args) {
+  let_next_kernel_start();
   const halfbyte_cuda_rows& call = args.call;
   const LongRow<kind> row{call, args.vectors != 0};
   Norm<kind> norm(call);
