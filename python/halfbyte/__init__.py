@@ -11,6 +11,7 @@ from . import _core
 from .attention import QuantizedKV, attention, quantize_kv
 from .dispatch import cpu_features, force_isa, get_num_threads, kernels, set_num_threads
 from .errors import (
+    CudaError,
     DeviceError,
     DTypeError,
     FormatError,
@@ -22,7 +23,7 @@ from .errors import (
     SchemeError,
     ShapeError,
 )
-from .norms import layernorm, layernorm_quantize, rmsnorm, rmsnorm_quantize, rope
+from .norms import layernorm, layernorm_quantize, rmsnorm, rmsnorm_quantize, rope, silu_mul_quantize
 from .ops import gated_linear, gated_mlp, linear, linears
 from .pack import PackedWeight, pack
 from .quantize import RowQuantized, dequantize, quantize, quantize_rows
@@ -67,6 +68,7 @@ _NEED_TORCH = {
 }
 
 __all__ = [
+    "CudaError",
     "DTypeError",
     "DeviceError",
     "FormatError",
@@ -105,6 +107,7 @@ __all__ = [
     "rmsnorm_quantize",
     "rope",
     "set_num_threads",
+    "silu_mul_quantize",
     "sparsify",
     *_NEED_TORCH,
 ]

@@ -1,4 +1,4 @@
-"""What the kernels see of a numpy array or a CPU torch tensor: a pointer, a row stride, a dtype code.
+"""What the kernels see of a numpy array or a torch tensor: a pointer, a row stride, a dtype code.
 
 torch is never imported here: only a process that has imported it can pass one of its tensors.
 """
@@ -18,6 +18,8 @@ from .errors import DeviceError, DTypeError, ShapeError
 F32, BF16, F16, I32 = range(4)  # dtype codes of halfbyte._core
 
 Array = Any  # numpy.ndarray or torch.Tensor
+
+gpu_devices = ("cuda",)  # types of the torch devices whose tensors halfbyte.cuda computes on
 
 
 class _Numpy:
@@ -50,6 +52,10 @@ class _Numpy:
 
     def take(self, table: tuple[int, ...], index: np.ndarray) -> np.ndarray:
         return np.array(table, np.int8)[index]
+
+    def silu(self, x: np.ndarray) -> np.ndarray:
+        with np.errstate(over="ignore"):  # exp(-x) is an infinity where silu is 0
+            return x / (1 + np.exp(-x))
 
     def dtype(self, spec: object) -> np.dtype:
         return np.dtype(spec)
@@ -91,10 +97,7 @@ class _Torch:
     def check_memory(self, x: Any, what: str) -> None:
         if x.is_meta:
             raise DeviceError(f"{what} is on the meta device, without data; load its values first")
-        if x.device.type != "cpu":
-            raise DeviceError(
-                f"{what} is on the device {str(x.device)!r}; the kernels run on the CPU: move it there"
-            )
+        self._check_device(x, what)
         if x.layout is not self.torch.strided:
             raise DeviceError(
                 f"{what} has the layout {x.layout}; the kernels take dense tensors: call .to_dense()"
@@ -102,6 +105,12 @@ class _Torch:
         if not self._has_memory(x):
             raise DeviceError(
                 f"{what} has no memory of its own (a fake, freed or wrapped tensor); pass a plain tensor"
+            )
+
+    def _check_device(self, x: Any, what: str) -> None:
+        if x.device.type != "cpu":
+            raise DeviceError(
+                f"{what} is on the device {str(x.device)!r}; the kernels run on the CPU: move it there"
             )
 
     def _has_memory(self, x: Any) -> bool:
@@ -133,6 +142,9 @@ class _Torch:
         values = self.torch.tensor(table, dtype=self.int8, device=index.device)
         return values.index_select(0, index.reshape(-1).to(self.int32)).reshape(index.shape)
 
+    def silu(self, x: Any) -> Any:
+        return self.torch.nn.functional.silu(x)
+
     def dtype(self, spec: object) -> Any:
         return spec
 
@@ -156,10 +168,35 @@ class _Torch:
         return dispatch.thread_override or self.torch.get_num_threads()
 
 
+class Gpu(_Torch):
+    """Tensors of one GPU."""
+
+    def __init__(self, torch: Any, device: Any):
+        super().__init__(torch)
+        self.device = device
+
+    def _check_device(self, x: Any, what: str) -> None:
+        if x.device != self.device:
+            raise DeviceError(
+                f"{what} is on the device {str(x.device)!r} and not on {str(self.device)!r} like the rest: "
+                "move it there"
+            )
+
+    def to_numpy(self, x: Any) -> np.ndarray:
+        return self.cast(x, self.float32).cpu().numpy()
+
+    def from_numpy(self, x: np.ndarray) -> Any:
+        return self.torch.from_numpy(x).to(self.device)
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        return self.torch.empty(shape, dtype=dtype, device=self.device)
+
+
 Kind = _Numpy | _Torch
 
 NUMPY = _Numpy()
 _torch = cache(_Torch)
+_gpu = cache(Gpu)
 
 
 def owner_of(x: object, what: str) -> Kind:
@@ -173,8 +210,24 @@ def owner_of(x: object, what: str) -> Kind:
 
 
 def kind_of(x: object, what: str) -> Kind:
-    """The adapter for `x`, whose memory the kernels can read; DTypeError or DeviceError otherwise."""
+    """The adapter for `x`, whose memory the CPU's kernels can read; DTypeError or DeviceError otherwise."""
     kind = owner_of(x, what)
+    kind.check_memory(x, what)
+    return kind
+
+
+def on_gpu(x: object) -> bool:
+    """Whether `x` is a tensor that halfbyte.cuda computes on."""
+    return getattr(getattr(x, "device", None), "type", None) in gpu_devices
+
+
+def place_of(x: object, what: str) -> Kind:
+    """The adapter for `x`, a numpy array or a tensor of the CPU or of a GPU; DTypeError or DeviceError
+    otherwise.
+    """
+    if not on_gpu(x):
+        return kind_of(x, what)
+    kind = _gpu(sys.modules["torch"], x.device)
     kind.check_memory(x, what)
     return kind
 

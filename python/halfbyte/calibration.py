@@ -153,7 +153,7 @@ class _Histogram(_MinMax):
             self.limit *= 2
             self.counts = np.pad(self.counts.reshape(-1, 2).sum(1), self.BINS // 4)
         x = x.double() if self.limit > 2.0**126 else x  # a range of float32 bounds must be a float32 itself
-        self.counts += torch.histc(x, self.BINS, -self.limit, self.limit).double().numpy()
+        self.counts += torch.histc(x, self.BINS, -self.limit, self.limit).double().cpu().numpy()
 
     def edges(self) -> np.ndarray:
         return np.linspace(-self.limit, self.limit, self.BINS + 1)

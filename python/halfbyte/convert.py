@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .arrays import check_vector, kind_of
+from .arrays import check_vector, place_of
 from .embedding import QEmbedding
 from .errors import DTypeError, ModelError, SchemeError
 from .modules import (
@@ -320,7 +320,7 @@ def _make(layer: _Layer, method: str | None, q: QuantizedTensor | None = None) -
         new = QEmbedding(q, padding_idx=old.padding_idx, **options)
     else:
         if (bias := float_bias(old, layer.name)) is not None:
-            check_vector(kind_of(q.codes, name), bias, q.shape[0], join(layer.name, "bias"), name)
+            check_vector(place_of(q.codes, name), bias, q.shape[0], join(layer.name, "bias"), name)
         new = QLinear(q, bias, **options)
     for attribute, value in extra_attributes(old).items():
         if not hasattr(new, attribute):

@@ -10,14 +10,14 @@ from torch.compiler import is_compiling
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import _core
-from .arrays import float_code, kind_of
+from .arrays import float_code, kind_of, on_gpu, place_of
 from .dispatch import isa_errors
 from .errors import DTypeError, HalfbyteError, ModelError
 from .modules import embedding_obstacle
 from .packed_layer import counting, note_scheme, recorded
 from .qlinear import WEIGHT_BUFFERS, other_format
 from .quantize import QuantizedTensor, quantize
-from .quantized_tensor import PARTS
+from .quantized_tensor import PARTS, unscaled
 from .scheme import Scheme
 from .torch_ops import state
 from .weight_view import WeightView
@@ -30,8 +30,9 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 class QEmbedding(nn.Module):
     """An embedding table on quantized weights: row `ids[...]` of the dequantized table.
 
-    ids: integers of any dtype and shape, on the CPU; the output is [..., embedding_dim] of `float_dtype`. It
-    has no gradient. Under torch.compile and tracing the call is the torch operator halfbyte::embedding.
+    ids: integers of any dtype and shape, where the table is; the output is [..., embedding_dim] of
+    `float_dtype`. It has no gradient. Under torch.compile and tracing the call is the torch operator
+    halfbyte::embedding. On a GPU torch gathers the rows, and an id outside the table makes a row of NaN.
 
     Buffers, all in the state_dict: weight_codes, weight_scale and, where the scheme has them,
     weight_group_scale, weight_zero and weight_minimum: the fields of a QuantizedTensor. None of them changes
@@ -106,7 +107,8 @@ class QEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """The rows [..., embedding_dim] of ids [...].
 
-        Raises IndexError for an id outside the table, DTypeError and DeviceError, each naming the module.
+        Raises IndexError for an id outside the table, on the CPU, DTypeError and DeviceError, each naming the
+        module.
         """
         arguments = str(self.scheme), self.embedding_dim, self.float_dtype, *self._parts()
         if is_compiling():
@@ -166,8 +168,14 @@ class QEmbedding(nn.Module):
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
         return (
             f"{self.num_embeddings}, {self.embedding_dim}{padding}, scheme={self.scheme}, "
-            f"kernel={_core.select(OP)}"
+            f"kernel={self._kernels()[0]}"
         )
+
+    def _kernels(self) -> tuple[str, str]:
+        """What reads the rows where the table is, and why torch where it is torch."""
+        if on_gpu(self.weight_scale):
+            return "torch", "no kernel for embeddings"
+        return _core.select(OP), ""
 
 
 class _Table(NamedTuple):
@@ -237,9 +245,12 @@ def _embedding(
     zero: Tensor | None = None,
     minimum: Tensor | None = None,
 ) -> Tensor:
-    kind = kind_of(ids, "ids")
+    kind = place_of(ids, "ids")
     _check_ids(ids)
     out_code = float_code(kind, dtype, "the output")
+    if on_gpu(codes) or on_gpu(ids):
+        kind.check_memory(codes, "weight_codes")
+        return _gather(ids, scheme, features, dtype, codes, scale, group_scale, zero, minimum)
     kind_of(codes, "weight_codes")
     table = _table(scheme, features, codes, scale, group_scale, zero, minimum)
     out = kind.empty((*ids.shape, features), dtype)
@@ -257,6 +268,20 @@ def _embedding(
     return out
 
 
+def _gather(
+    ids: Tensor, scheme: str, features: int, dtype: torch.dtype, *parts: Tensor | None
+) -> Tensor:
+    """In torch, on a GPU: an id outside the table makes a row of NaN there, since an error would have to wait
+    for the GPU, and torch's own ends the process's use of it.
+    """
+    ids = ids.detach().long()
+    inside = ((ids >= 0) & (ids < parts[0].shape[0])).reshape(-1, 1)
+    rows = ids.reshape(-1).clamp(0, max(parts[0].shape[0] - 1, 0))
+    codes, scale, *rest = (None if part is None else part.index_select(0, rows) for part in parts)
+    values = unscaled(codes, Scheme.parse(scheme), features, *rest) * scale[:, None]
+    return values.where(inside, torch.nan).to(dtype).reshape(*ids.shape, features)
+
+
 def _embedding_fake(
     ids: Tensor, scheme: str, features: int, dtype: torch.dtype, codes: Tensor, *parts: Any
 ) -> Tensor:
@@ -269,7 +294,8 @@ def _check_ids(ids: Tensor) -> None:
         raise DTypeError(f"ids have the dtype {ids.dtype}; they must be integers, of int64 for one")
 
 
-_library.impl("embedding", _embedding, "CPU")
+for _key in ("CPU", "CUDA"):
+    _library.impl("embedding", _embedding, _key)
 torch.library.register_fake("halfbyte::embedding", _embedding_fake, lib=_library)
 
 embedding = torch.ops.halfbyte.embedding.default

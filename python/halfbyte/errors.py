@@ -24,7 +24,13 @@ class ShapeError(HalfbyteError, ValueError):
 
 
 class DeviceError(HalfbyteError, ValueError):
-    """A tensor that is not dense CPU memory: another device, the meta device, a sparse layout."""
+    """A tensor that is not dense memory of the device that is needed: another one, the meta device, a sparse
+    layout.
+    """
+
+
+class CudaError(HalfbyteError, RuntimeError):
+    """The CUDA library does not load, or a call of it failed; the message says why."""
 
 
 class NonFiniteError(HalfbyteError, ValueError):

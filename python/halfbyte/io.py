@@ -213,8 +213,13 @@ def _layer(
         raise ModelError(f"load: {name or 'the model'} cannot be replaced: {reason}")
     weight = _weight(saved, name, entry, tensors)
     called = {"float_dtype": module.weight.dtype, "name": name or "the model"}
+
+    def placed(layer: PackedLayer | QEmbedding) -> PackedLayer | QEmbedding:
+        device = module.weight.device
+        return (layer.to(device) if device.type == "cuda" else layer).train(module.training)
+
     if entry.kind == "embedding":
-        return QEmbedding(weight, padding_idx=module.padding_idx, **called).train(module.training)
+        return placed(QEmbedding(weight, padding_idx=module.padding_idx, **called))
 
     def take(buffer: str, dtype: torch.dtype, *shape: int) -> Tensor:
         tensor = tensors.get(full := join(name, buffer))
@@ -233,7 +238,7 @@ def _layer(
             layer.static = static
         except ValueError as error:
             raise FormatError(f"{saved.weights}: {name}: {error}; save the model again") from None
-    return layer.train(module.training)
+    return placed(layer)
 
 
 def _weight(

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from . import _core
-from .arrays import F32, Array, Kind, check_kind, check_vector, float_code, kind_of
+from .arrays import F32, Array, Gpu, Kind, check_kind, check_vector, float_code, kind_of, place_of
 from .dispatch import isa_errors
 from .errors import DTypeError, ShapeError
-from .quantize import K_MAX, RowQuantized, check_static
+from .quantize import K_MAX, RowQuantized, check_static, quantize_rows
 
 
 def layernorm(
@@ -87,6 +87,37 @@ def rmsnorm_quantize(
     return _quantized("rmsnorm_quantize", x, weight, None, eps, residual, return_sum, grid)
 
 
+def silu_mul_quantize(
+    gate: Array,
+    up: Array,
+    *,
+    scale: float | None = None,
+    zero: int | None = None,
+    symmetric: bool = False,
+) -> RowQuantized:
+    """`quantize_rows(silu(gate) * up)`, what lies between the layers of a gated MLP; on a GPU in one pass
+    over memory. The codes are of float32 rows, which are not rounded in between.
+
+    gate, up: [..., k] of one shape; float32, float16 or (torch) bfloat16, numpy or torch. scale, zero and
+    symmetric as in `quantize_rows`; the codes are [..., k], scale, zero and sums [...]. Not differentiable.
+    Raises DTypeError (TypeError), ShapeError, DeviceError or ValueError.
+    """
+    name, kind = "silu_mul_quantize", place_of(gate, "gate")
+    float_code(kind, gate.dtype, "gate")
+    _check_like(kind, up, gate, "up", "gate")
+    _not_recorded(name, kind, gate, up)
+    static, shape = _grid(name, scale, zero, symmetric), tuple(gate.shape)
+    if not shape or not 0 < shape[-1] <= K_MAX:
+        raise ShapeError(f"gate has the shape {shape}; codes are for rows of 1 to {K_MAX} elements")
+    if isinstance(kind, Gpu):
+        from .cuda.rows import silu_mul_quantize as on_this_gpu
+
+        return on_this_gpu(gate, up, symmetric, static)
+    rows = [kind.cast(a, kind.float32).reshape(math.prod(shape[:-1]), shape[-1]) for a in (gate, up)]
+    q = quantize_rows(kind.silu(rows[0]) * rows[1], scale=scale, zero=zero, symmetric=symmetric)
+    return RowQuantized(q.codes.reshape(shape), *(part.reshape(shape[:-1]) for part in q[1:]))
+
+
 def _normalized(name, x, weight, bias, eps, residual, return_sum, out_dtype):
     kind = kind_of(x, "x")
     float_code(kind, x.dtype, "x")
@@ -98,17 +129,30 @@ def _normalized(name, x, weight, bias, eps, residual, return_sum, out_dtype):
     return (out, total) if return_sum else out
 
 
-def _quantized(name, x, weight, bias, eps, residual, return_sum, grid):
-    kind = kind_of(x, "x")
-    scale, zero, symmetric = grid
+def _grid(name: str, scale: float | None, zero: int | None, symmetric: bool) -> tuple[float, int]:
+    """The static scale and zero; a scale of 0 is found per row."""
     if (scale is None) != (zero is None):
         raise ValueError(f"{name}: give scale and zero together, or neither")
     if scale is not None and symmetric:
         raise ValueError(f"{name}: a given scale and zero leave nothing for symmetric=True to decide")
-    static = (0.0, 0) if scale is None else check_static((scale, zero))
+    return (0.0, 0) if scale is None else check_static((scale, zero))
+
+
+def _quantized(name, x, weight, bias, eps, residual, return_sum, grid):
+    kind = place_of(x, "x")
+    static, symmetric = _grid(name, *grid), grid[2]
     shape = tuple(x.shape)
     if shape and not 0 < shape[-1] <= K_MAX:
         raise ShapeError(f"x has rows of {shape[-1]} elements; codes are for 1 to {K_MAX} of them")
+    if isinstance(kind, Gpu):
+        from .cuda.rows import normalize_quantize
+
+        weight, bias, _ = _operands(name, kind, x, weight, bias, residual)
+        if not (math.isfinite(eps) and eps >= 0):
+            raise ValueError(f"{name}: eps must be finite and not negative, got {eps}")
+        rms = name.startswith("rms")
+        out, total = normalize_quantize(x, rms, weight, bias, eps, residual, return_sum, symmetric, static)
+        return (out, total) if return_sum else out
     rows = shape[:-1]
     out = RowQuantized(
         kind.empty(shape, kind.int8),
@@ -139,23 +183,10 @@ def _run(
     codes: tuple,
 ) -> Array | None:
     """The checks that all of them share, and the kernel; returns the sum, where it is wanted."""
-    code = float_code(kind, x.dtype, "x")
-    _not_recorded(name, kind, x, residual)
-    if x.ndim == 0:
-        raise ShapeError(f"{name}: x is a single number; it must have a last dimension to normalize")
-    k = x.shape[-1]
-    vectors = []
-    for what, vector in (("weight", weight), ("bias", bias)):
-        if vector is not None:
-            check_vector(kind, vector, k, what, "x")
-            vector = kind.cast(vector, kind.float32)
-        vectors.append(vector)
+    code, k = float_code(kind, x.dtype, "x"), x.shape[-1] if x.ndim else 0
+    *vectors, residual_code = _operands(name, kind, x, weight, bias, residual)
     residual_rows, residual_arguments = None, (0, 0, F32)
     if residual is not None:
-        check_kind(kind, residual, "residual", "x")
-        residual_code = float_code(kind, residual.dtype, "residual")
-        if tuple(residual.shape) != tuple(x.shape):
-            raise ShapeError(f"residual has the shape {tuple(residual.shape)}; x has {tuple(x.shape)}")
         residual_rows, ld = kind.rows(residual, k)
         residual_arguments = (kind.pointer(residual_rows), ld, residual_code)
     rows, ld = kind.rows(x, k)
@@ -179,6 +210,32 @@ def _run(
             kind.threads(),
         )
     return total
+
+
+def _operands(
+    name: str, kind: Kind, x: Array, weight: Array | None, bias: Array | None, residual: Array | None
+) -> tuple[Array | None, Array | None, int]:
+    """Checked: (weight and bias as float32, the dtype code of the residual)."""
+    float_code(kind, x.dtype, "x")
+    _not_recorded(name, kind, x, residual)
+    if x.ndim == 0:
+        raise ShapeError(f"{name}: x is a single number; it must have a last dimension to normalize")
+    vectors = []
+    for what, vector in (("weight", weight), ("bias", bias)):
+        if vector is not None:
+            check_vector(kind, vector, x.shape[-1], what, "x")
+            vector = kind.cast(vector, kind.float32)
+        vectors.append(vector)
+    return *vectors, F32 if residual is None else _check_like(kind, residual, x, "residual", "x")
+
+
+def _check_like(kind: Kind, array: Array, x: Array, what: str, like: str) -> int:
+    """Errors for an operand that is not of the kind and shape of x; its dtype code."""
+    check_kind(kind, array, what, like)
+    code = float_code(kind, array.dtype, what)
+    if tuple(array.shape) != tuple(x.shape):
+        raise ShapeError(f"{what} has the shape {tuple(array.shape)}; {like} has {tuple(x.shape)}")
+    return code
 
 
 def rope(

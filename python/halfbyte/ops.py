@@ -6,22 +6,23 @@ from collections.abc import Sequence
 from typing import Any
 
 from . import _core
-from .arrays import Array, Kind, check_kind, check_vector, float_code, kind_of
+from .arrays import Array, Gpu, Kind, check_kind, check_vector, float_code, place_of
 from .dispatch import isa_errors
-from .errors import DTypeError, ShapeError
-from .pack import PackedWeight
+from .errors import DeviceError, DTypeError, ShapeError
+from .pack import GpuWeight, PackedWeight
 from .quantize import check_static, check_takes_static
 from .scheme import Scheme
 from .sparse.scheme import SparseScheme
 
 _W8A8 = Scheme(8, 8)
 _MOST_LINEARS = 3
+_WEIGHTS = (PackedWeight, GpuWeight)
 ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 
 
 def linear(
     x: Array,
-    packed: PackedWeight,
+    packed: PackedWeight | GpuWeight,
     bias: Array | None = None,
     *,
     activation: str = "none",
@@ -48,8 +49,8 @@ def linear(
 
 def gated_linear(
     x: Array,
-    packed: PackedWeight,
-    gate: PackedWeight,
+    packed: PackedWeight | GpuWeight,
+    gate: PackedWeight | GpuWeight,
     bias: Array | None = None,
     gate_bias: Array | None = None,
     *,
@@ -65,9 +66,9 @@ def gated_linear(
     multiplication. Raises what `linear` does.
     """
     _check_inference(x, "gated_linear")
-    if not isinstance(gate, PackedWeight):
+    if not isinstance(gate, _WEIGHTS):
         raise DTypeError(f"gate must be a PackedWeight, not {type(gate).__name__}")
-    if isinstance(packed, PackedWeight) and (gate.shape, gate.scheme) != (packed.shape, packed.scheme):
+    if isinstance(packed, _WEIGHTS) and (gate.shape, gate.scheme) != (packed.shape, packed.scheme):
         raise ShapeError(
             f"gate is {gate.shape} in {gate.scheme}; it must be {packed.shape} in {packed.scheme} like the "
             "weight"
@@ -77,9 +78,9 @@ def gated_linear(
 
 def gated_mlp(
     x: Array,
-    up: PackedWeight,
-    gate: PackedWeight,
-    down: PackedWeight,
+    up: PackedWeight | GpuWeight,
+    gate: PackedWeight | GpuWeight,
+    down: PackedWeight | GpuWeight,
     *,
     activation: str = "silu",
     residual: Array | None = None,
@@ -90,7 +91,7 @@ def gated_mlp(
 
 def linears(
     x: Array,
-    packed: Sequence[PackedWeight],
+    packed: Sequence[PackedWeight | GpuWeight],
     biases: Sequence[Array | None] | None = None,
     *,
     activation: str = "none",
@@ -117,6 +118,13 @@ def linears(
                 f"and of {packed[0].scheme} like the first"
             )
     kind = first.kind
+    if isinstance(kind, Gpu):
+        from .cuda.linear import Input, run
+
+        rows = Input(x, first.static)
+        return [
+            run(rows, p, call.bias, activation, None, x.dtype) for p, call in zip(packed, calls, strict=True)
+        ]
     outs = [kind.empty((*x.shape[:-1], p.shape[0]), x.dtype) for p in packed]
     rows, ld = kind.rows(x, packed[0].shape[1])
     weights = [
@@ -139,12 +147,26 @@ def linears(
 
 
 def _check_inference(x: Array, what: str) -> None:
-    kind = kind_of(x, "x")
+    kind = place_of(x, "x")
     if getattr(x, "requires_grad", False) and kind.torch.is_grad_enabled():
         raise ValueError(
             f"{what}: x requires a gradient, which this function does not record; use a QLinear or a "
             "SparseLinear, or call it under torch.no_grad()"
         )
+
+
+def _check_together(kind: Kind, x: Array, packed: PackedWeight | GpuWeight) -> None:
+    """DeviceError unless x, which is of `kind`, is where the weight is."""
+    if isinstance(kind, Gpu):
+        if isinstance(packed, GpuWeight) and packed.device == kind.device:
+            return
+    elif isinstance(packed, PackedWeight):
+        return
+    here, there = (str(getattr(a, "device", "cpu")) for a in (x, packed))
+    raise DeviceError(
+        f"x is on the device {here!r} and the weight on {there!r}: move x, or the weight before it is packed "
+        "(a model with .to())"
+    )
 
 
 class _Call:
@@ -158,12 +180,13 @@ class _Call:
         activation: str,
         static: tuple[float, int] | None,
     ):
-        self.kind = kind = kind_of(x, "x")
+        self.kind = kind = place_of(x, "x")
         self.x_code = float_code(kind, x.dtype, "x")
-        if not isinstance(packed, PackedWeight):
+        if not isinstance(packed, _WEIGHTS):
             raise DTypeError(
                 f"linear takes the PackedWeight that pack() returns, not {type(packed).__name__}"
             )
+        _check_together(kind, x, packed)
         n, k = packed.shape
         if x.ndim == 0 or x.shape[-1] != k:
             raise ShapeError(
@@ -195,18 +218,20 @@ class _Call:
 
 def run_linear(
     x: Array,
-    packed: PackedWeight,
+    packed: PackedWeight | GpuWeight,
     bias: Array | None,
     activation: str,
     residual: Array | None,
     out_dtype: Any,
     static: tuple[float, int] | None,
-    gate: PackedWeight | None = None,
+    gate: PackedWeight | GpuWeight | None = None,
     gate_bias: Array | None = None,
 ) -> Array:
     """`linear` below autograd: every argument check, then the kernel."""
     call = _Call(x, packed, bias, activation, static)
     kind, (n, k) = call.kind, packed.shape
+    if gate is not None:
+        _check_together(kind, x, gate)
     out_dtype = x.dtype if out_dtype is None else kind.dtype(out_dtype)
     if out_dtype == kind.int32:
         if bias is not None or residual is not None or activation != "none" or gate is not None:
@@ -223,6 +248,8 @@ def run_linear(
     else:
         out_code = float_code(kind, out_dtype, "the output")
     gate_bias = call.vector(gate_bias, n, "gate_bias")
+    if isinstance(packed, GpuWeight):
+        return _on_gpu(call, x, packed, activation, residual, out_dtype, gate, gate_bias)
     out = kind.empty((*x.shape[:-1], n), out_dtype)
     rows, ld = kind.rows(x, k)
     residual_args = (0, 0, 0)
@@ -249,10 +276,36 @@ def run_linear(
     return out
 
 
+def _on_gpu(
+    call: _Call,
+    x: Array,
+    packed: GpuWeight,
+    activation: str,
+    residual: Array | None,
+    out_dtype: Any,
+    gate: GpuWeight | None,
+    gate_bias: Array | None,
+) -> Array:
+    from .cuda.linear import Input, accumulator, run
+
+    if residual is not None:
+        _check_residual(call.kind, residual, (*x.shape[:-1], packed.shape[0]))
+    rows = Input(x, call.static)
+    if out_dtype == call.kind.int32:
+        return accumulator(rows, packed)
+    return run(rows, packed, call.bias, activation, residual, out_dtype, gate, gate_bias)
+
+
 def _residual(kind: Kind, residual: Array, shape: tuple[int, ...]) -> tuple[Array, int, int, int]:
+    code = _check_residual(kind, residual, shape)
+    rows, ld = kind.rows(residual, shape[-1])
+    return rows, kind.pointer(rows), ld, code
+
+
+def _check_residual(kind: Kind, residual: Array, shape: tuple[int, ...]) -> int:
+    """Errors for a residual that does not fit the output; its dtype code."""
     check_kind(kind, residual, "residual", "x")
     code = float_code(kind, residual.dtype, "residual")
     if tuple(residual.shape) != shape:
         raise ShapeError(f"residual has the shape {tuple(residual.shape)}; the output has {shape}")
-    rows, ld = kind.rows(residual, shape[-1])
-    return rows, kind.pointer(rows), ld, code
+    return code

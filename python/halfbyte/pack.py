@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from . import _core
-from .arrays import F32, Array, kind_of
+from .arrays import F32, Array, kind_of, on_gpu
 from .dispatch import isa_errors
 from .errors import DTypeError
 from .quantized_tensor import PARTS, QuantizedTensor
@@ -16,6 +18,7 @@ class PackedWeight:
     """Packed weights [n, k]; immutable, safe to share between threads. Made by `pack`."""
 
     __slots__ = ("core", "scheme")
+    shares_codes = False  # it is a copy: codes may be freed
 
     def __init__(self, core: _core.PackedWeight, scheme: Scheme | SparseScheme):
         self.core = core
@@ -42,15 +45,38 @@ class PackedWeight:
         return f"PackedWeight({n}x{k}, scheme={self.scheme}, kernel={self.kernel}, nbytes={self.nbytes})"
 
 
-def pack(q: QuantizedTensor | SparseTensor) -> PackedWeight:
-    """Lay a weight out for the kernels of this machine. One pack serves every batch size and every ISA."""
-    if isinstance(q, SparseTensor):
-        return _pack_sparse(q)
-    if not isinstance(q, QuantizedTensor):
+class GpuWeight:
+    """A weight [n, k] on a GPU, for the ops there: halfbyte.cuda.pack has the two kinds. Made by `pack`."""
+
+    __slots__ = ("shape", "scheme", "device", "__weakref__")
+    shares_codes = False  # whether it reads the codes that it was made of
+
+    def __init__(self, shape: tuple[int, int], scheme: Scheme | SparseScheme, device: Any):
+        self.shape = shape
+        self.scheme = scheme
+        self.device = device
+
+    def __repr__(self) -> str:
+        (n, k), on = self.shape, f"device={str(self.device)!r}"
+        made = f"kernel={self.kernel}, nbytes={self.nbytes}"
+        return f"{type(self).__name__}({n}x{k}, scheme={self.scheme}, {on}, {made})"
+
+
+def pack(q: QuantizedTensor | SparseTensor) -> PackedWeight | GpuWeight:
+    """Lay a weight out for the kernels of the machine or, of tensors on a GPU, for those of the GPU. One pack
+    serves every batch size, every ISA and every architecture.
+    """
+    if not isinstance(q, (QuantizedTensor, SparseTensor)):
         raise DTypeError(
             "pack takes the QuantizedTensor that quantize() returns, or the SparseTensor of sparsify(), not "
             f"{type(q).__name__}"
         )
+    if on_gpu(q.values if isinstance(q, SparseTensor) else q.codes):
+        from .cuda.pack import pack as pack_on_gpu
+
+        return pack_on_gpu(q)
+    if isinstance(q, SparseTensor):
+        return _pack_sparse(q)
     kind = kind_of(q.codes, "codes")
     dense: dict[str, Array] = {}
     for what in PARTS[1:]:

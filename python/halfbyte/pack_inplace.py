@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from . import _core
-from .arrays import kind_of
+from .arrays import place_of
 from .errors import HalfbyteError, ModelError
 from .modules import check_module
-from .pack import PackedWeight
+from .pack import GpuWeight, PackedWeight
 from .packed_layer import count_changes, held, weight_of
 from .qlinear import WEIGHT_BUFFERS, QLinear
 from .quantize import QuantizedTensor
@@ -45,9 +45,9 @@ def pack_(model: nn.Module) -> nn.Module:
 
     Layers that share codes are freed together. Codes that anything else in the model has too, such as the
     QEmbedding of a tied head, which reads its rows from them, are kept; those layers are only packed.
-    SparseLinear layers are left as they are. A
-    tensor that was taken out of the model before, in a state_dict for one, keeps its memory and is from then
-    on a copy. Forward calls in other threads give the same answers meanwhile; some wait until this is done.
+    SparseLinear layers are left as they are, and so are layers on a GPU that torch computes from their codes.
+    A tensor that was taken out of the model before, in a state_dict for one, keeps its memory and is from
+    then on a copy. Forward calls in other threads give the same answers meanwhile; some wait for the end.
 
     An error leaves the model as it was. Raises ModelError for a model without a QLinear, DeviceError for
     layers on the meta device, and what `pack` raises, naming the layer.
@@ -111,12 +111,12 @@ def restore(layer: QLinear) -> dict[str, Tensor | None]:
 class _Freed:
     """Codes that are in a pack alone, and the layers that share them."""
 
-    def __init__(self, codes: Tensor, packed: PackedWeight):
+    def __init__(self, codes: Tensor, packed: PackedWeight | GpuWeight):
         # Made now, so that `end` does nothing that a mode or a tracer would see.
         with torch.inference_mode(False):
             self.stand_in = torch.empty(codes.shape, dtype=codes.dtype, device="meta")
-            self.codes = torch.empty(codes.shape, dtype=codes.dtype, device="cpu")
-        kind_of(self.codes, "a new tensor of codes")  # a mode or a transform may have made something else
+            self.codes = torch.empty(codes.shape, dtype=codes.dtype, device=codes.device)
+        place_of(self.codes, "a new tensor of codes")  # a mode or a transform may have made something else
         self.packed = packed
         self.memory = self.codes.untyped_storage()
         self.nbytes, self.row_bytes = self.memory.nbytes(), codes.shape[1]
@@ -133,7 +133,10 @@ class _Freed:
     def end(self) -> None:
         """Make the codes, and give them to the layers."""
         self.memory.resize_(self.nbytes)
-        _core.unpack_linear(self.packed.core, self.memory.data_ptr(), self.row_bytes)
+        if isinstance(self.packed, GpuWeight):
+            self.packed.unpack_into(self.codes)
+        else:
+            _core.unpack_linear(self.packed.core, self.memory.data_ptr(), self.row_bytes)
         move_packs(self.stand_in, self.codes)
         for layer in list(self.layers):
             buffers = held(layer) | {_CODES: self.codes}
@@ -176,7 +179,7 @@ def _check(layer: QLinear) -> None:
     count_changes(layer)
     if known_pack(*weight_of(layer)) is None:
         q: QuantizedTensor = layer.quantized
-        kind = kind_of(q.codes, _CODES)
+        kind = place_of(q.codes, _CODES)
         for name, part in zip(WEIGHT_BUFFERS, layer._weight(), strict=True):
             if part is not None:
                 kind.check_memory(part, name)
@@ -203,7 +206,7 @@ def _free(layers: dict[str, QLinear], keep: bool) -> None:
         with _naming(name):
             packs.append(packed_weight(*weight_of(layer)))
     codes = held(sharing[0])[_CODES]
-    if keep or is_freed(sharing[0]):
+    if keep or is_freed(sharing[0]) or any(pack.shares_codes for pack in packs):
         return
     freed = _Freed(codes, packs[0])
     move_packs(codes, freed.stand_in)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,17 +10,17 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from . import _core, dispatch
-from .arrays import check_vector, kind_of
+from .arrays import check_vector, on_gpu, place_of
 from .dispatch import isa_errors
 from .errors import DTypeError, HalfbyteError, ShapeError
 from .ops import ACTIVATIONS, run_linear
-from .pack import PackedWeight
+from .pack import GpuWeight, PackedWeight
 from .quantize import check_static, check_takes_static
 from .quantized_tensor import QuantizedTensor
 from .scheme import Scheme
 from .sparse.scheme import SparseScheme
 from .sparse.tensor import SparseTensor
-from .torch_ops import known_pack, pack_lock, packed_weight, state
+from .torch_ops import known_pack, pack_lock, packed_weight, state, static_of
 from .weight_view import WeightView
 
 INPUT_BUFFERS = ("input_scale", "input_zero")
@@ -41,12 +41,21 @@ _GLOBAL_HOOKS = [getattr(torch.nn.modules.module, f"_global{hooks}") for hooks i
 _get_num_threads = torch.get_num_threads
 
 
+class _Prepared(NamedTuple):
+    """What calls need of a layer, and the buffers that it was made of, as `_states` has them."""
+
+    states: list
+    packed: PackedWeight | GpuWeight
+    static: tuple[float, int] | None
+
+
 class PackedLayer(nn.Module):
     """`y = activation(x @ weight.T + bias)` on weights packed for this machine: a QLinear or a SparseLinear.
 
     Handles the bias, the activation, static input scales, the dtype that the layer stands for, and the call:
-    in eager inference straight into the C++ core, else through a torch operator. Weights are packed at the
-    first call, and again after a buffer was replaced or changed in place.
+    in eager inference straight into the C++ core or, of a layer on a GPU, to halfbyte.cuda; else through a
+    torch operator. Weights are packed at the first call, and again after a buffer was replaced or changed in
+    place, so that a layer works where `.to()` takes it.
 
     A subclass has the class variables below, the property `packable`, which is what `pack` takes, and the
     methods `_operator(x)`, which calls its torch operator, and `_other_format(state_dict, prefix, metadata)`,
@@ -79,8 +88,8 @@ class PackedLayer(nn.Module):
         names = [*(name for name in buffers if buffers[name] is not None), *INPUT_BUFFERS, *buffers]
         for name in dict.fromkeys(names):
             self.register_buffer(name, counting(buffers.get(name)))
-        self._plan: _core.LinearPlan | None = None
-        self._prepared: tuple[list, PackedWeight] | None = None  # what the plan was made of, and its pack
+        self._plan: _core.LinearPlan | None = None  # of a weight on the CPU
+        self._prepared: _Prepared | None = None
 
     @property
     def weight(self) -> WeightView:
@@ -153,8 +162,8 @@ class PackedLayer(nn.Module):
                 raise DTypeError(f"x must be a torch tensor, not {type(x).__name__}")
             if recorded(x):
                 return self._traced(x)
-            packed = self._prepare()
-            return run_linear(x, packed, self.bias, self.activation, None, None, self.static)
+            _, packed, static = self._ready()
+            return run_linear(x, packed, self.bias, self.activation, None, None, static)
         except (HalfbyteError, ValueError) as error:
             error.args = (f"{self.name}: {error}",)
             raise
@@ -173,20 +182,25 @@ class PackedLayer(nn.Module):
         buffers = self._buffers
         return tuple(buffers[name] for name in self.weight_buffers)
 
-    def _prepare(self) -> PackedWeight:
+    def _prepare(self) -> PackedWeight | GpuWeight:
+        """The pack of the weight, made where it is missing."""
+        return self._ready()[1]
+
+    def _ready(self) -> _Prepared:
         """Pack, and note what the short way of `forward` (LinearPlan) compares and passes on."""
         count_changes(self)
-        if (prepared := self._prepared) is not None and prepared[0] == self._states():
-            return prepared[1]
+        if (prepared := self._prepared) is not None and prepared.states == self._states():
+            return prepared
         with pack_lock():  # or the codes could be freed, or be there again, in between
             if known_pack(*weight_of(self)) is None:
                 _ = self._buffers  # makes codes that `pack_` has freed: to pack them with what has changed
             return self._make_plan(held(self))
 
-    def _make_plan(self, buffers: dict[str, Tensor | None]) -> PackedWeight:
-        static = (0.0, 0) if self.static is None else check_static(self.static)
+    def _make_plan(self, buffers: dict[str, Tensor | None]) -> _Prepared:
+        static = static_of(self.input_scale, self.input_zero)
+        static = None if static is None else check_static(static)
         if self.bias is not None:
-            kind = kind_of(buffers[self.main_buffer], self.main_buffer)
+            kind = place_of(buffers[self.main_buffer], self.main_buffer)
             check_vector(kind, self.bias, self.out_features, "bias", self.main_buffer)
             buffers["bias"] = self.bias.float().contiguous()
         states = self._states()
@@ -195,11 +209,16 @@ class PackedLayer(nn.Module):
             (buffers, name, t, t._version if name in by_value and t is not None else -1)
             for name, t in buffers.items()
         ]
-        packed = packed_weight(*weight_of(self))
+        prepared = _Prepared(states, packed_weight(*weight_of(self)), static)
+        self._plan = None if isinstance(prepared.packed, GpuWeight) else self._plan_of(prepared, watched)
+        self._prepared = prepared
+        return prepared
+
+    def _plan_of(self, prepared: _Prepared, watched: list[tuple]) -> _core.LinearPlan:
         with isa_errors:
             _core.select(self.scheme.op)  # a plan without a kernel would raise at every call
-        self._plan = _core.LinearPlan(
-            packed.core,
+        return _core.LinearPlan(
+            prepared.packed.core,
             watched,
             Tensor,
             _DTYPES,
@@ -207,10 +226,21 @@ class PackedLayer(nn.Module):
             [getattr(self, hooks) for hooks in _HOOKS] + _GLOBAL_HOOKS,
             vars(forward_ad),
             0 if self.bias is None else self.bias.data_ptr(),
-            *static,
+            *(prepared.static or (0.0, 0)),
         )
-        self._prepared = states, packed
-        return packed
+
+    def _kernels(self) -> tuple[str, str]:
+        """What runs for x of `float_dtype` where the weight is, and on a GPU why torch where it is torch."""
+        buffers = held(self)
+        if not on_gpu(main := buffers[self.main_buffer]):
+            return _core.select(self.scheme.op), ""
+        from .cuda.linear import roads, roads_of
+
+        if isinstance(self.scheme, SparseScheme):  # what runs depends on the zeros
+            prepared = self._prepared
+            return roads_of(prepared.packed, self.float_dtype) if prepared else ("not packed yet", "")
+        shape, group_scale = (self.out_features, self.in_features), buffers.get("weight_group_scale")
+        return roads(self.scheme, shape, main.device, self.float_dtype, group_scale)
 
     def _states(self) -> list[tuple | None]:
         """Changes with each buffer that is replaced, changed in place, or given other memory."""
@@ -218,7 +248,10 @@ class PackedLayer(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedLayer:
         kept = {name: b for name, b in self._buffers.items() if b is not None and b.is_floating_point()}
+        device = self.device
         super()._apply(fn, recurse)
+        if self.device != device:  # or what was packed there would keep its memory until the next call
+            self._plan = self._prepared = None
         for name, buffer in kept.items():
             if (moved := self._buffers[name]).dtype != buffer.dtype:
                 self._buffers[name] = buffer.to(moved.device)
@@ -260,8 +293,7 @@ class PackedLayer(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, scheme={self.scheme}, "
-            f"kernel={_core.select(self.scheme.op)}"
+            f"bias={self.bias is not None}, scheme={self.scheme}, kernel={self._kernels()[0]}"
         ) + (f", static={self.static}" if self.scheme.per_token else "")
 
 

@@ -19,9 +19,10 @@ WEIGHT_BUFFERS = tuple(f"weight_{part}" for part in PARTS)
 class QLinear(PackedLayer):
     """A linear layer on quantized weights: `y = activation(x @ weight.T + bias)`.
 
-    x: [..., in_features], float32, bfloat16 or float16, on the CPU; y has the dtype of x. In eager inference
-    the call goes straight to the C++ core; under torch.compile, tracing, or where a gradient of x is wanted,
-    through the torch operator halfbyte::linear, which has a gradient with respect to x for activation "none".
+    x: [..., in_features], float32, bfloat16 or float16, on the CPU or on the GPU that the layer is on; y has
+    the dtype of x. In eager inference the call goes straight to the kernels; under torch.compile, tracing, or
+    where a gradient of x is wanted, through the torch operator halfbyte::linear, which has a gradient with
+    respect to x for activation "none". docs/cuda.md says what runs on a GPU.
 
     Buffers, all in the state_dict where they are not None: weight_codes, weight_scale, weight_group_scale,
     weight_zero and weight_minimum, which are those of the QuantizedTensor; bias float32 [n]; and, where

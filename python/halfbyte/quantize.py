@@ -8,11 +8,11 @@ from typing import NamedTuple
 import numpy as np
 
 from . import _core, search
-from .arrays import Array, float_code, kind_of
+from .arrays import Array, Gpu, float_code, kind_of, on_gpu, place_of
 from .dispatch import isa_errors
 from .errors import NonFiniteError, ShapeError
 from .quantized_tensor import NF4_CODES as NF4_CODES
-from .quantized_tensor import QuantizedTensor, to_nibbles
+from .quantized_tensor import PARTS, QuantizedTensor, to_nibbles
 from .scheme import Scheme
 from .sparse.scheme import SparseScheme
 
@@ -37,6 +37,7 @@ def quantize(
     """Quantize a weight matrix to the codes and scales that `scheme` says; rounding is half to even.
 
     weight: [n, k], float32, float16 or (torch) bfloat16, any strides. `name` is what errors call the weight.
+    One on a GPU is copied to the CPU, where all numbers are found; the result is where the weight is.
 
     method: "absmax" spans the range of each group or channel: with symmetric int8 per channel
     `scale = max|w| / 127`, the error of each element is at most scale/2 * (1 + 2^-15), and zero stays zero.
@@ -53,6 +54,8 @@ def quantize(
         method = search.DEFAULT_INT4 if scheme.weight_bits == 4 else "absmax"
     if min(_matrix_shape(weight, name, limited=not scheme.fold_group)) == 0:
         raise ShapeError(f"{name} has the shape {tuple(weight.shape)}: there is nothing in it to quantize")
+    if on_gpu(weight):
+        return _quantize_from_gpu(weight, scheme, method, name)
     if method == "absmax" and (scheme.weight_bits, scheme.group, scheme.asym) == (8, 0, False):
         rows = _quantize_rows(weight, name, symmetric=True)
         finite = np.isfinite(np.asarray(rows.scale))
@@ -70,6 +73,14 @@ def quantize(
     found["codes"] = to_nibbles(codes) if scheme.weight_bits == 4 else codes
     parts = {what: None if part is None else kind.from_numpy(part) for what, part in found.items()}
     return QuantizedTensor(**parts, scheme=scheme, k=weight.shape[1])
+
+
+def _quantize_from_gpu(weight: Array, scheme: Scheme, method: str, name: str) -> QuantizedTensor:
+    kind = place_of(weight, name)
+    float_code(kind, weight.dtype, name)
+    q = quantize(kind.to_numpy(weight), scheme, method=method, name=name)
+    parts = {what: None if (p := getattr(q, what)) is None else kind.from_numpy(p) for what in PARTS}
+    return QuantizedTensor(**parts, scheme=scheme, k=q.k)
 
 
 def dequantize(q: QuantizedTensor) -> Array:
@@ -128,7 +139,7 @@ def non_finite(name: str, row: int) -> NonFiniteError:
 
 
 def _matrix_shape(x: Array, what: str, *, limited: bool = True) -> tuple[int, int]:
-    kind_of(x, what)
+    place_of(x, what)
     if x.ndim != 2:
         raise ShapeError(f"{what} has the shape {tuple(x.shape)}; it must be a matrix [rows, k]")
     if limited and x.shape[1] > K_MAX:
@@ -141,12 +152,16 @@ def _matrix_shape(x: Array, what: str, *, limited: bool = True) -> tuple[int, in
 def _quantize_rows(
     x: Array, what: str, *, symmetric: bool, static: tuple[float, int] | None = None
 ) -> RowQuantized:
-    kind = kind_of(x, what)
+    kind = place_of(x, what)
     code = float_code(kind, x.dtype, what)
     m, k = _matrix_shape(x, what)
     if k == 0:
         raise ShapeError(f"{what} has rows of no elements; k must be at least 1")
     static_scale, static_zero = check_static(static) if static else (0.0, 0)
+    if isinstance(kind, Gpu):
+        from .cuda.rows import quantize_rows as on_this_gpu
+
+        return on_this_gpu(x, symmetric, (static_scale, static_zero))
     rows, ld = kind.rows(x, k)
     out = RowQuantized(
         kind.empty((m, k), kind.int8),

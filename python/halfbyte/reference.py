@@ -14,6 +14,7 @@ from .quantize import TINY, QuantizedTensor, RowQuantized
 from .reference_fused import attention_ref as attention_ref
 from .reference_fused import norm_ref as norm_ref
 from .reference_fused import rope_ref as rope_ref
+from .reference_fused import silu_mul_ref as silu_mul_ref
 from .scheme import Scheme
 
 _ACTIVATIONS = {

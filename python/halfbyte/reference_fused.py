@@ -38,6 +38,11 @@ def norm_ref(
     return y, h
 
 
+def silu_mul_ref(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, float32; silu in float64, rounded once."""
+    return torch.nn.functional.silu(gate.double()).float() * up.float()
+
+
 def rope_ref(
     x: Tensor,
     cos: Tensor,

@@ -10,8 +10,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch.nn import functional
 
-from . import _core
-from .embedding import OP as EMBEDDING_OP
+from .arrays import on_gpu
 from .embedding import QEmbedding
 from .layers import make_layer
 from .modules import check_module, is_linear, shape_of
@@ -59,6 +58,7 @@ class LayerSummary:
     embedding: bool
     density: float | None  # of a sparse layer, the share of its weight that is stored
     break_even: float | None  # and 1 - density from which on its kernel is predicted to beat the dense one
+    why_torch: str = ""  # of a layer on a GPU that torch computes
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Summary:
         headers += ["density", "break-even sparsity"] if sparse else []
         headers += ["float ms", "ms", "faster", "error"] if measured else []
         rows = [self._cells(layer, sparse, measured) for layer in self.layers]
-        for header, field in (("tied to", "tied_to"), ("why float", "why_float")):
+        for header, field in (("tied to", "tied_to"), ("why torch", "why_torch"), ("why float", "why_float")):
             if any(column := [getattr(layer, field) for layer in self.layers]):
                 headers.append(header)
                 rows = [[*row, cell] for row, cell in zip(rows, column, strict=True)]
@@ -134,9 +134,11 @@ class Summary:
 def summary(model: torch.nn.Module, example_inputs: object = None) -> Summary:
     """Per layer: shape, scheme, kernel, bytes, why it stayed float; with inputs also times and error.
 
-    Layers: the linear ones, and the embeddings that quantize_ looked at. Sparse ones have their density and
-    the sparsity from which on their kernel is predicted to be faster than the dense one. example_inputs: what
-    `model` is called with once: a tensor, a tuple or list of positional arguments, or a mapping of keywords.
+    Layers: the linear ones, and the embeddings that quantize_ looked at. Of a layer on a GPU the kernel is
+    what runs for inputs of its `float_dtype`; where torch computes there, it says why. Sparse ones have their
+    density and the sparsity from which on their kernel is predicted to be faster than the dense one.
+    example_inputs: what `model` is called with once: a tensor, a tuple or list of positional arguments, or a
+    mapping of keywords.
     The call runs in evaluation mode without gradients; the model is left as it was. The error is measured
     against the dequantized weights, since the original ones are gone. Times are those of calling the layer,
     without hooks. Layers that have not run yet are packed.
@@ -194,17 +196,17 @@ def _layer(
         if isinstance(module, PackedLayer) and module.bias is not None and _key(module.bias) in own:
             elements += n
         float_bytes = elements * module.float_dtype.itemsize
-        op = EMBEDDING_OP if embedding else module.scheme.op
-        scheme, kernel, why = str(module.scheme), _core.select(op), ""
+        scheme, why, (kernel, why_torch) = str(module.scheme), "", module._kernels()
     else:
-        weight = module.weight
+        weight, why_torch = module.weight, ""
         float_bytes, scheme, kernel, why = size, "float", "torch", row.get("reason") or _UNKNOWN_REASON
     density, break_even = None, None
     if isinstance(module, SparseLinear):
-        density, break_even = module.density, predicted_break_even(module.scheme)
+        density = module.density
+        break_even = None if on_gpu(weight) else predicted_break_even(module.scheme)
     return LayerSummary(
         name, *((n, k) if embedding else (k, n)), scheme, kernel, float_bytes, size, float_ms, ms, error, why,
-        counted.get(_key(weight), ""), embedding, density, break_even,
+        counted.get(_key(weight), ""), embedding, density, break_even, why_torch,
     )  # fmt: skip
 
 
@@ -245,7 +247,7 @@ def _measure(module: torch.nn.Module, x: torch.Tensor) -> tuple[float, float | N
     if not isinstance(module, PackedLayer):
         hooked = module._forward_hooks or module._forward_pre_hooks
         call = module.forward if hooked else module
-        return interleaved([lambda: call(x)])[0], None, None
+        return interleaved([lambda: call(x)], x.device)[0], None, None
     # Twins, because a call of the layer itself would run the hooks of its user.
     twin = make_layer(module.packable, module.bias, activation=module.activation)
     twin.static = module.static
@@ -271,7 +273,7 @@ def _compare(
     exact = in_float().float()
     norm = exact.norm().item()
     difference = (quantized().float() - exact).norm().item()
-    return (*interleaved([in_float, quantized]), difference / norm if norm else difference)
+    return (*interleaved([in_float, quantized], exact.device), difference / norm if norm else difference)
 
 
 def _float_twin(module: PackedLayer, dtype: torch.dtype) -> torch.nn.Linear:

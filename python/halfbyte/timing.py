@@ -15,23 +15,34 @@ _ROUNDS = 7
 _ROUND_SECONDS = 0.002
 
 
-def interleaved(calls: list[Callable[[], object]]) -> list[float]:
-    """Median milliseconds of each call over rounds in which they take turns."""
+def interleaved(calls: list[Callable[[], object]], device: torch.device | None = None) -> list[float]:
+    """Median milliseconds of each call over rounds in which they take turns. device: where they compute; what
+    they have put on the queue of a GPU is waited for at the end of their turn.
+    """
+    wait = partial(torch.cuda.synchronize, device) if device and device.type == "cuda" else _nothing
     counts = []
     for call in calls:
         call()
+        wait()
         start = time.perf_counter()
         call()
+        wait()
         counts.append(max(1, round(_ROUND_SECONDS / max(time.perf_counter() - start, 1e-7))))
     samples: list[list[float]] = [[] for _ in calls]
     for _ in range(_ROUNDS):
         for call, count, column in zip(calls, counts, samples, strict=True):
             call()  # untimed: refills the caches after the other contestant
+            wait()
             start = time.perf_counter()
             for _ in range(count):
                 call()
+            wait()
             column.append((time.perf_counter() - start) / count * 1e3)
     return [statistics.median(column) for column in samples]
+
+
+def _nothing() -> None:
+    pass
 
 
 @contextlib.contextmanager

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .arrays import on_gpu
 from .errors import DeviceError
 from .ops import run_linear
-from .pack import PackedWeight, pack
+from .pack import GpuWeight, PackedWeight, pack
 from .quantize import QuantizedTensor
 from .quantized_tensor import unscaled
 from .scheme import Scheme
@@ -25,7 +26,8 @@ from .sparse.tensor import SparseTensor
 # codes tensor -> {(scheme, shape): (states of all weight tensors, those but the codes, PackedWeight)}; an
 # entry lives as long as its codes. Layers may share codes and quantize their inputs in different ways. Of
 # sparse weights the values stand for the codes.
-_Entry = tuple[list, tuple, PackedWeight]
+Pack = PackedWeight | GpuWeight
+_Entry = tuple[list, tuple, Pack]
 _packs: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _packs_lock = RLock()
 
@@ -47,7 +49,7 @@ def pack_lock() -> RLock:
 
 def packed_weight(
     scheme: Scheme | SparseScheme, shape: tuple[int, int], codes: Tensor, *others: Tensor | None
-) -> PackedWeight:
+) -> Pack:
     """The pack of a weight [n, k]: made once, and again after a tensor was changed or given other memory.
 
     others: scale, group_scale, zero and minimum, as in a QuantizedTensor; with a SparseScheme codes are the
@@ -55,7 +57,7 @@ def packed_weight(
     their changes, so they are packed at every call.
     """
 
-    def make() -> PackedWeight:
+    def make() -> Pack:
         if isinstance(scheme, SparseScheme):
             return pack(SparseTensor(codes, scheme, shape, *others))
         scale, *rest = others
@@ -68,13 +70,15 @@ def packed_weight(
         if (packed := known_pack(scheme, shape, codes, *others)) is None:
             states = [None if t is None else state(t) for t in tensors]
             packed = make()
+            if packed.shares_codes:  # the entry would keep them alive
+                return packed
             _packs[codes] = _current(codes, states[0]) | {(scheme, shape): (states, others, packed)}
         return packed
 
 
 def known_pack(
     scheme: Scheme | SparseScheme, shape: tuple[int, int], codes: Tensor, *others: Tensor | None
-) -> PackedWeight | None:
+) -> Pack | None:
     """The pack of a weight where it is there and nothing has changed since: the codes are not read."""
     with _packs_lock:
         entry = _packs.get(codes, {}).get((scheme, shape))
@@ -131,12 +135,33 @@ def _linear(
     k = _features(parsed, codes)
     k -= parsed.weight_bits == 4 and x.ndim > 0 and x.shape[-1] == k - 1
     packed = packed_weight(parsed, (codes.shape[0], k), codes, scale, group_scale, zero, minimum)
-    static = None if input_scale is None else (input_scale.item(), input_zero.item())
-    return run_linear(x, packed, bias, activation, residual, None, static)
+    return run_linear(x, packed, bias, activation, residual, None, static_of(input_scale, input_zero))
+
+
+# input_scale -> (its state and that of input_zero, the pair). Reading them from a GPU waits for it, which
+# capturing a CUDA graph forbids.
+_statics: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def static_of(input_scale: Tensor | None, input_zero: Tensor | None) -> tuple[float, int] | None:
+    """The numbers of a static layer, of a GPU read once for the values that the tensors have."""
+    if input_scale is None:
+        return None
+    if not on_gpu(input_scale) or input_scale.is_inference() or input_zero.is_inference():
+        return input_scale.item(), input_zero.item()
+    states = state(input_scale), id(input_zero), state(input_zero)
+    entry = _statics.get(input_scale)
+    if entry is None or entry[0] != states:
+        from .cuda.pack import check_not_captured
+
+        check_not_captured(input_scale)
+        entry = _statics[input_scale] = states, (input_scale.item(), input_zero.item())
+    return entry[1]
 
 
 def _linear_fake(x: Tensor, scheme: str, codes: Tensor, *others) -> Tensor:
     check_not_meta(codes, x, "codes")
+    check_one_device(codes, x, "codes")
     parsed = Scheme.parse(scheme)
     k = _features(parsed, codes)
     fits = x.shape[-1] == k or (parsed.weight_bits == 4 and x.shape[-1] == k - 1)
@@ -201,7 +226,17 @@ def check_not_meta(weight: Tensor, x: Tensor, what: str) -> None:
         raise DeviceError(f"{what} is on the meta device, without data; load its values first")
 
 
-_library.impl("linear", _linear, "CPU")
+def check_one_device(weight: Tensor, x: Tensor, what: str) -> None:
+    """DeviceError where x is on a GPU and the weight is not, or the other way round."""
+    devices = x.device, weight.device
+    if devices[0] != devices[1] and "meta" not in (device.type for device in devices):
+        raise DeviceError(
+            f"x is on the device {str(devices[0])!r} and {what} on {str(devices[1])!r}: move one of them"
+        )
+
+
+for _key in ("CPU", "CUDA"):
+    _library.impl("linear", _linear, _key)
 torch.library.register_fake("halfbyte::linear", _linear_fake, lib=_library)
 torch.library.register_autograd("halfbyte::linear", _backward, setup_context=_save_for_backward, lib=_library)
 

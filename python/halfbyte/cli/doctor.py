@@ -1,4 +1,6 @@
-"""`halfbyte doctor`: the machine, what was built, which kernels run and why, threads, torch, a self-test."""
+"""`halfbyte doctor`: the machine and its GPUs, what was built, which kernels run and why, threads, torch, a
+self-test.
+"""
 
 from __future__ import annotations
 
@@ -56,6 +58,7 @@ def examine() -> dict:
         "forced_isa": forced,
         "kernels": chosen,
         "torch": torch,
+        "cuda": _cuda(torch),
         "self_test": tests,
         "error": error,
     }
@@ -95,6 +98,37 @@ def _torch() -> dict | None:
     }
 
 
+def _cuda(torch: dict | None) -> dict:
+    """The CUDA library and the GPUs that it sees. why: there is none, or no kernel runs on one."""
+    from ..cuda import library
+
+    found = library.library()
+    count = max(0, found.devices()) if found else 0
+    names = torch["gpus"] if torch else []
+    devices = [
+        {
+            "device": index,
+            "name": names[index] if index < len(names) else "",
+            "arch": found.arch(index),
+            "why": library.obstacle(index) or _no_torch(torch, index),
+        }
+        for index in range(count)
+    ]
+    return {
+        "library": found.path if found else None,
+        "interface": found.abi() if found else None,
+        "devices": devices,
+        "why": "" if devices else library.obstacle(0),
+    }
+
+
+def _no_torch(torch: dict | None, index: int) -> str:
+    """Why torch cannot put tensors on a GPU that the library sees."""
+    if torch is None:
+        return "torch is not installed"
+    return "" if index < len(torch["gpus"]) else f"torch {torch['version']} does not see it"
+
+
 def _text(report: dict) -> str:
     machine, build, torch = report["machine"], report["machine"]["build"], report["torch"]
     from .. import _core
@@ -107,7 +141,7 @@ def _text(report: dict) -> str:
     lines = [
         f"halfbyte {build['version']}, Python {machine['python']}, {machine['os']}, {machine['kernel']}",
         f"CPU      {machine['cpu']}, {machine['cores']} cores, {cache}",
-        f"build    {build['compiler']}, CUDA kernels: {'yes' if build['cuda'] else 'no'}",
+        f"build    {build['compiler']}",
         f"threads  {runtime['threads']}, {runtime['name']} {runtime['library']}".rstrip(),
     ]
     if torch is None:
@@ -115,6 +149,7 @@ def _text(report: dict) -> str:
     else:
         gpus = f"CUDA {torch['cuda']}: {', '.join(torch['gpus'])}" if torch["cuda"] else "no CUDA device"
         lines.append(f"torch    {torch['version']}, {torch['threads']} threads, {gpus}")
+    lines += _cuda_lines(report["cuda"])
     if report["forced_isa"]:
         lines.append(f"forced   {_FORCE_VARIABLE}={report['forced_isa']}")
     isas = [[row["isa"], _yes(row["cpu"]), _yes(row["built"])] for row in report["isas"]]
@@ -133,6 +168,20 @@ def _text(report: dict) -> str:
     parts.append(text_table(["op", "kernel that runs", "why not a better one"], chosen))
     parts.append(text_table(["self-test", "status", "detail"], tests))
     return "\n\n".join(parts)
+
+
+def _cuda_lines(cuda: dict) -> list[str]:
+    """What the report says of GPUs."""
+    if cuda["library"] is None:
+        return [f"CUDA     no kernels: {cuda['why']}"]
+    lines = [f"CUDA     {cuda['library']}, interface {cuda['interface']}"]
+    if not cuda["devices"]:
+        return [*lines, f"         no kernel runs: {cuda['why']}"]
+    return lines + [
+        f"GPU {d['device']}    {d['name'] or 'unnamed'}, sm_{d['arch']}: "
+        + (f"torch computes: {d['why']}" if d["why"] else "kernels run")
+        for d in cuda["devices"]
+    ]
 
 
 def _yes(value: bool) -> str:

@@ -18,9 +18,9 @@ SPARSE_BUFFERS = tuple(f"weight_{part}" for part in PARTS)
 class SparseLinear(PackedLayer):
     """A linear layer on a sparse weight: `y = activation(x @ weight.T + bias)`, zeros left out.
 
-    x: [..., in_features], float32, bfloat16 or float16, on the CPU; y has the dtype of x. With w8a8 it is
-    quantized as by QLinear, and y equals that of the QLinear with the same codes, bit for bit. Everything
-    that is said there of calls, the bias, the activation, static scales, packs and `name` holds here too; the
+    x: [..., in_features], float32, bfloat16 or float16, where the layer is; y has the dtype of x. With w8a8
+    it is quantized as by QLinear, and y equals that of the QLinear with the same codes, bit for bit. All that
+    is said there of calls, the bias, the activation, static scales, packs and `name` holds here too; the
     torch operator is halfbyte::sparse_linear.
 
     Buffers, all in the state_dict where they are not None: weight_values, weight_crow, weight_columns,

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import NUMPY, Array, Kind, check_owner, float_code, kind_of, owner_of
+from ..arrays import NUMPY, Array, Gpu, Kind, check_owner, float_code, kind_of, owner_of, place_of
 from ..errors import DTypeError, PatternError, SchemeError, ShapeError
 from ..quantize import non_finite, quantize
 from ..quantized_tensor import QuantizedTensor
@@ -175,19 +175,18 @@ class SparseTensor:
 
     def to_dense(self) -> Array:
         """The weight: float32 [n, k]."""
-        kind = owner_of(self.values, "values")
-        dense = kind.from_numpy(unscaled(self))
+        dense = place_of(self.values, "values").from_numpy(unscaled(self))
         return dense if self.scale is None else dense * self.scale[:, None]
 
     def codes(self) -> Array:
         """The int8 codes [n, k] of w8a8, zeros included; SchemeError for other values."""
         if self.scheme.values != "w8a8":
             raise SchemeError(f"a SparseTensor of the scheme {self.scheme} has no codes; use to_dense()")
-        return owner_of(self.values, "values").from_numpy(_dense(self))
+        return place_of(self.values, "values").from_numpy(_dense(self))
 
     def rows(self, begin: int, end: int) -> SparseTensor:
         """Output channels begin .. end-1, at least one, as a SparseTensor of their own."""
-        kind = owner_of(self.values, "values")
+        kind = place_of(self.values, "values")
         scale = None if self.scale is None else self.scale[begin:end]
         return _of_dense(kind, np.ascontiguousarray(_dense(self)[begin:end]), self.scheme, scale)
 
@@ -249,12 +248,14 @@ def numpy_of(kind: Kind, part: Array) -> np.ndarray:
     """An array as numpy has it; bfloat16 as float32."""
     if kind is NUMPY:
         return part
+    if isinstance(kind, Gpu):
+        part = part.cpu()
     return kind.to_numpy(part) if _name(part.dtype) == "bfloat16" else kind.cast(part, part.dtype).numpy()
 
 
 def _dense(sparse: SparseTensor) -> np.ndarray:
     """[n, k] of int8 codes or of float32."""
-    kind = owner_of(sparse.values, "values")
+    kind = place_of(sparse.values, "values")
     parts = {}
     for what, part in sparse.parts().items():
         kind.check_memory(part, what)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops import run_linear
-from ..torch_ops import check_not_meta, packed_weight, straight_through
+from ..torch_ops import check_not_meta, check_one_device, packed_weight, static_of, straight_through
 from .scheme import SparseScheme
 from .tensor import SparseTensor, unscaled
 
@@ -44,14 +44,14 @@ def _linear(
 ) -> Tensor:
     parts = values, crow, columns, positions, scale
     packed = packed_weight(SparseScheme.parse(scheme), (out_features, in_features), *parts)
-    static = None if input_scale is None else (input_scale.item(), input_zero.item())
-    return run_linear(x, packed, bias, activation, residual, None, static)
+    return run_linear(x, packed, bias, activation, residual, None, static_of(input_scale, input_zero))
 
 
 def _linear_fake(
     x: Tensor, scheme: str, out_features: int, in_features: int, values: Tensor, *others: object
 ) -> Tensor:
     check_not_meta(values, x, "values")
+    check_one_device(values, x, "values")
     torch._check(
         x.shape[-1] == in_features,
         lambda: f"x has the shape {tuple(x.shape)}; its last dimension must be {in_features}",
@@ -61,7 +61,7 @@ def _linear_fake(
 
 def _values(scheme: str, out_features: int, in_features: int, *parts: Tensor | None) -> Tensor:
     weight = SparseTensor(parts[0], SparseScheme.parse(scheme), (out_features, in_features), *parts[1:])
-    return torch.from_numpy(unscaled(weight))
+    return torch.from_numpy(unscaled(weight)).to(parts[0].device)
 
 
 def _values_fake(
@@ -88,8 +88,9 @@ def _backward(ctx, grad: Tensor) -> tuple:
     return straight_through(ctx, grad, sparse_linear, "values and scales", times_weight)
 
 
-_library.impl("sparse_linear", _linear, "CPU")
-_library.impl("sparse_values", _values, "CPU")
+for _key in ("CPU", "CUDA"):
+    _library.impl("sparse_linear", _linear, _key)
+    _library.impl("sparse_values", _values, _key)
 torch.library.register_fake("halfbyte::sparse_linear", _linear_fake, lib=_library)
 torch.library.register_fake("halfbyte::sparse_values", _values_fake, lib=_library)
 torch.library.register_autograd(

@@ -1,0 +1,89 @@
+"""Sparse weights on a GPU: int8 codes two of four, by blocks of 64 x 64, or dense; floats by torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..arrays import place_of
+from ..pack import GpuWeight
+from ..quantized_tensor import QuantizedTensor
+from ..sparse.scheme import SparseScheme
+from ..sparse.tensor import SparseTensor
+from . import library
+from .library import Format
+from .pack import W8A8, CudaPackedWeight, TorchWeight, check_not_captured
+from .zeros import BLOCK, blocks, from_blocks, from_pairs, has_pairs, pairs
+
+TWO_OF_FOUR, BLOCKS = 1, 2  # halfbyte_cuda_pattern
+MOST_BLOCKS = 0.6  # of a weight, for the others to be left out: what two of four takes. An estimate
+FLOATS = "no kernel for sparse floats"
+
+
+class CudaSparseWeight(CudaPackedWeight):
+    """int8 codes without the zeros of a pattern; made by `pack`."""
+
+    __slots__ = ("starts", "columns", "_dense")
+
+    def __init__(self, codes: Tensor, scale: Tensor, scheme: SparseScheme, pattern: int):
+        """codes: int8 [n, k]."""
+        GpuWeight.__init__(self, tuple(codes.shape), scheme, codes.device)
+        self.format, self.activation_bits = Format(8, 0, 4, 0, pattern), 8
+        self.scale = scale.detach().clone(memory_format=torch.contiguous_format)
+        self.total = codes.sum(1, dtype=torch.int32)
+        self.starts = self.columns = self._dense = None
+        if pattern == BLOCKS:
+            self.weight, self.starts, self.columns = blocks(codes)
+        else:
+            self.weight = pairs(codes)
+
+    @property
+    def nbytes(self) -> int:
+        parts = (self.weight, self.scale, self.total, self.starts, self.columns, self._dense)
+        return sum(part.nbytes for part in parts if part is not None)
+
+    def rows(self) -> Tensor:
+        """int8 codes with their zeros for torch._int_mm, n and k padded as it wants them; once made, kept."""
+        if self._dense is None:
+            check_not_captured(self.weight)
+            n, k = self.shape
+            shape = n + -n % 8, k + -k % 16
+            if self.starts is None:
+                self._dense = from_pairs(self.weight, shape)
+            else:
+                self._dense = from_blocks(self.weight, self.starts, self.columns, shape)
+        return self._dense
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        n, k = self.shape
+        return (self.rows()[:n, :k].float() * self.scale[:, None]).to(dtype)
+
+
+def pack(weight: SparseTensor) -> GpuWeight:
+    """In the layout that leaves out the most zeros, or none where that is not worth it."""
+    kind = place_of(weight.values, "values")
+    for what, part in weight.parts().items():
+        kind.check_memory(part, what)
+    check_not_captured(weight.values)
+    if weight.scheme.values != "w8a8":
+        return TorchWeight(weight.to_dense().to(weight.values.dtype), weight.scheme, FLOATS)
+    q = QuantizedTensor(weight.codes(), weight.scale, W8A8)
+    if why := library.obstacle(q.codes.device.index or 0):
+        packed = TorchWeight(q, weight.scheme, why)
+        packed.shares_codes = False  # these are its own
+        return packed
+    with torch.no_grad():
+        if share_of_blocks(q.codes) <= MOST_BLOCKS:
+            return CudaSparseWeight(q.codes, q.scale, weight.scheme, BLOCKS)
+        if has_pairs(q.codes):
+            return CudaSparseWeight(q.codes, q.scale, weight.scheme, TWO_OF_FOUR)
+        packed = CudaPackedWeight(q, Format(8, 0, 2, 0))
+        packed.scheme = weight.scheme
+        return packed
+
+
+def share_of_blocks(codes: Tensor) -> float:
+    """The share of the blocks of 64 x 64 that have something in them."""
+    n, k = codes.shape
+    padded = torch.nn.functional.pad(codes != 0, (0, -k % BLOCK, 0, -n % BLOCK))
+    return padded.view(-(-n // BLOCK), BLOCK, -1, BLOCK).any(3).any(1).float().mean().item()
