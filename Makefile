@@ -41,12 +41,17 @@ test: $(VENV)/.installed
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 
-# The C++ core and every kernel under the sanitizers, without Python in the process.
+# The C++ core and every kernel, those of the GPU on the emulated one, under the sanitizers, without Python in the
+# process. The emulated GPU is one thread.
+build/sanitize-address,undefined/ok: PROGRAMS := core_test cuda_emulator_test cuda_test
+build/sanitize-thread/ok: PROGRAMS := core_test
 build/sanitize-%/ok: $(VENV)/.tools $(CPPTEST)
 	$(CMAKE) -S . -B $(@D) -G Ninja -DCMAKE_MAKE_PROGRAM=$(NINJA) -DCMAKE_BUILD_TYPE=Release \
-	  -DHALFBYTE_PYTHON=OFF -DHALFBYTE_TESTS=ON -DHALFBYTE_EMULATE=ON -DHALFBYTE_SANITIZE=$* > /dev/null
-	$(NINJA) -C $(@D) --quiet core_test
-	UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 $(@D)/tests/cpp/core_test
+	  -DHALFBYTE_PYTHON=OFF -DHALFBYTE_TESTS=ON -DHALFBYTE_EMULATE=ON -DHALFBYTE_CUDA=OFF \
+	  -DHALFBYTE_CUDA_EMULATED=ON -DHALFBYTE_SANITIZE=$* > /dev/null
+	$(NINJA) -C $(@D) --quiet $(PROGRAMS)
+	for program in $(PROGRAMS); do \
+	  UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 $(@D)/tests/cpp/$$program || exit 1; done
 	touch $@
 
 sanitize: build/sanitize-address,undefined/ok build/sanitize-thread/ok

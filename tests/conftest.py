@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+
+from building import emulated_cuda_library
+
+if TYPE_CHECKING:
+    from halfbyte.cuda.library import Library
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +39,21 @@ def one_thread_of_torch():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def emulated_library(request) -> Path:
+    """The GPU kernels on the CPU behind their C interface (csrc/cuda/api.h)."""
+    return emulated_cuda_library(request)
+
+
+@pytest.fixture
+def gpu(emulated_library) -> Iterator[Library]:
+    """Within the test the emulated library runs the ops, and tensors of the CPU are those of its GPU."""
+    from halfbyte.cuda.library import use_library
+
+    with use_library(emulated_library) as library:
+        yield library
 
 
 @pytest.fixture(autouse=True)

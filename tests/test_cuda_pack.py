@@ -10,7 +10,9 @@ import torch
 import halfbyte as hb
 from cuda_weights import WEIGHTS, make
 from halfbyte.cuda import pack
+from halfbyte.cuda.linear import INT_MM, KERNEL, road_of
 from halfbyte.cuda.pack import CudaPackedWeight, TorchWeight, dequantized
+from halfbyte.cuda.sparse import BLOCKS
 from halfbyte.pack import GpuWeight
 
 SHAPES = [(1, 1), (7, 33), (64, 128), (70, 200), (129, 385)]
@@ -218,3 +220,21 @@ def test_a_sparse_weight_of_nothing(gpu):
     assert packed.kernel.startswith("spmm_block") and packed.weight.numel() == 0
     for m in (3, 140):
         assert torch.equal(hb.linear(torch.randn(m, 200), packed, bias), bias.expand(m, 70))
+
+
+def blocks_mask(kept: int) -> torch.Tensor:
+    mask = torch.zeros(2, 5)
+    mask.view(-1)[torch.randperm(10)[:kept]] = 1
+    return mask.repeat_interleave(64, 0).repeat_interleave(64, 1)
+
+
+def test_few_blocks_are_for_many_rows_too(gpu):
+    """Of few blocks the kernel takes any number of rows; of more, torch takes those above 128."""
+    weight = torch.randn(128, 320)
+    for kept, road in ((4, KERNEL), (5, INT_MM)):  # of ten blocks
+        sparse = hb.sparsify(weight * blocks_mask(kept), "w8a8+block16x4")
+        packed, x = hb.pack(sparse), torch.randn(130, 320)
+        assert packed.format.pattern == BLOCKS and packed.few_blocks == (road == KERNEL)
+        assert road_of(packed, x.dtype, 128) == KERNEL and road_of(packed, x.dtype, 129) == road
+        dense = hb.pack(hb.QuantizedTensor(sparse.codes(), sparse.scale, hb.Scheme(8, 8)))
+        assert torch.equal(hb.linear(x, packed), hb.linear(x, dense))

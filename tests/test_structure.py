@@ -26,7 +26,7 @@ QUANTIZED = [op for op in OPS if op.startswith("linear_") and op != "linear_f32"
 LINEAR = [*QUANTIZED, "linear_f32", *SPARSE]
 TILES = sorted((ROOT / "csrc/tiles").glob("*.*"))
 ISA_FILES = sorted(path for folder in LISTS for path in folder.glob("*.cpp") if path.stem in ISAS)
-TEXT = {".py", ".pyi", ".h", ".cpp", ".inc", ".cmake", ".md", ".toml", ".txt", ""}
+TEXT = {".py", ".pyi", ".h", ".cpp", ".cu", ".cuh", ".inc", ".cmake", ".md", ".toml", ".txt", ""}
 
 
 def text_files() -> list[Path]:
@@ -203,7 +203,8 @@ def test_nothing_is_built_for_the_build_machine_only():
 
 
 def test_files_are_short_and_open_with_their_scope():
-    first_line = {".py": r'"""\S', ".h": "// ", ".cpp": "// ", ".inc": "// ", ".cmake": "# ", ".md": "# "}
+    first_line = {".py": r'"""\S', ".cmake": "# ", ".md": "# "}
+    first_line |= dict.fromkeys((".h", ".cpp", ".cu", ".cuh", ".inc"), "// ")
     for path in text_files():
         lines = path.read_text().splitlines()
         assert len(lines) <= 400, f"{path.relative_to(ROOT)} has {len(lines)} lines"

@@ -70,7 +70,6 @@ py::dict build_info() {
   py::dict info;
   info["version"] = HALFBYTE_VERSION;
   info["compiler"] = HALFBYTE_COMPILER;
-  info["cuda"] = false;
   info["isas"] = built;
   info["emulated"] = emulated;
   return info;

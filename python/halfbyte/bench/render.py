@@ -26,7 +26,8 @@ def render(result: dict, style: str) -> str:
     """`result` of the `run` of any kind of benchmark, as style "table" or "markdown"."""
     table = markdown_table if style == "markdown" else text_table
     kinds = {
-        "linear": _linear, "sparse": _sparse, "overhead": _overhead, "model": _model, "decoder": _decoder
+        "linear": _linear, "sparse": _sparse, "overhead": _overhead, "model": _model, "decoder": _decoder,
+        "gpu": _gpu,
     }  # fmt: skip
     body = kinds[result["kind"]](result, table)
     machine = result["machine"]
@@ -160,6 +161,30 @@ def _decoder(result: dict, table: Table) -> list[str]:
         table(headers, rows),
         f"Tokens per second: medians over rounds; '{ours} is': medians of per-round quotients. MB: weights "
         "as saved. loss: nats per token of the longest prompt; unfused loss: the same before fuse_.",
+    ]
+
+
+def _gpu(result: dict, table: Table) -> list[str]:
+    copy = result["copy_bytes_per_s"]
+    blocks = [f"{result['machine']['gpu']}: a copy moves {copy / 1e9:.0f} GB/s, read and written"]
+    for shape in result["results"]:
+        blocks.append(f"{shape['m']}x{shape['n']}x{shape['k']} (m x n x k), {shape['scheme']}, cold weights")
+        headers = ["", "us", "GB/s", "% of copy", "TFLOP/s", "halfbyte is", "error", "what ran"]
+        rows = [
+            [
+                row["name"], significant(row["us"], 4), significant(row["gbps"]),
+                percent(row["gbps"] * 1e9 / copy), significant(row["tflops"]),
+                _times(row["ours_is_faster_by"]),
+                "-" if row["error"] is None else significant(row["error"], 2), row["note"],
+            ]
+            for row in shape["rows"]
+        ]  # fmt: skip
+        rows += [[name, *["-"] * 6, f"not measured: {why}"] for name, why in shape["unavailable"].items()]
+        blocks.append(table(headers, rows))
+    return [
+        *blocks,
+        "us: median over rounds of calls within a CUDA graph that rotate over copies of the weights. GB/s "
+        "counts packed weights, x and y in bfloat16. error: relative to the float64 product.",
     ]
 
 

@@ -49,6 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--vs", type=_names(PEERS), metavar="P,...",
         help=_peer_help(PEERS, "those that do the same job as the scheme"),
     )  # fmt: skip
+    one.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu",
+        help="cuda: on the first NVIDIA GPU, against torch there, with cold weights (default cpu)",
+    )  # fmt: skip
     _add_layer_options(one)
     one.add_argument("--plot", type=Path, metavar="FILE", help="draw the roofline (png, svg, pdf)")
     _add_common(one, rounds=15, round_ms=10)
@@ -116,17 +120,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, write the JSON file and the plot if asked, print in the chosen format."""
-    if problem := _unwritable(args):
+    if problem := _unwritable(args) or _not_on_gpu(args):
         print(f"halfbyte bench: error: {problem}", file=sys.stderr)
         return 2
     if args.kind == "linear":
         grid = itertools.product(args.m or _DEFAULT_M, args.n or _DEFAULT_N, args.k or _DEFAULT_K)
         # Shapes of one weight together, small M first, whatever the order of the lists.
         shapes = args.shape or sorted(grid, key=lambda mnk: (mnk[1], mnk[2], mnk[0]))
-        settings = linear.Settings(
-            shapes, args.scheme, args.vs, args.threads, args.cold, args.isa, args.rounds, args.round_ms / 1000
-        )
-        result = linear.run(settings)
+        result = _on_gpu(args, shapes) if args.device == "cuda" else _on_cpu(args, shapes)
     elif args.kind == "sparse":
         settings = sparse.Settings(
             args.shape, args.scheme, args.sparsity, args.vs, args.threads, args.cold, args.isa, args.rounds,
@@ -156,6 +157,18 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _on_cpu(args: argparse.Namespace, shapes: list[tuple[int, int, int]]) -> dict:
+    return linear.run(linear.Settings(
+        shapes, args.scheme, args.vs, args.threads, args.cold, args.isa, args.rounds, args.round_ms / 1000
+    ))  # fmt: skip
+
+
+def _on_gpu(args: argparse.Namespace, shapes: list[tuple[int, int, int]]) -> dict:
+    from ..bench import gpu  # which needs torch
+
+    return gpu.run(gpu.Settings(shapes, args.scheme, args.rounds))
+
+
 def _unwritable(args: argparse.Namespace) -> str:
     """Why a file that is asked for cannot be written, known before minutes of measuring; empty if it can."""
     files = [path for path in (args.output, getattr(args, "plot", None)) if path]
@@ -169,6 +182,14 @@ def _unwritable(args: argparse.Namespace) -> str:
         except ValueError as error:
             return str(error)
     return ""
+
+
+def _not_on_gpu(args: argparse.Namespace) -> str:
+    """The option that --device cuda does not take; empty where there is none."""
+    if getattr(args, "device", "cpu") == "cpu":
+        return ""
+    given = {"--vs": args.vs is not None, "--isa": args.isa, "--plot": args.plot}
+    return next((f"{name} is for --device cpu" for name, value in given.items() if value), "")
 
 
 def _add_layer_options(parser: argparse.ArgumentParser) -> None:

@@ -40,9 +40,11 @@ _IN_TORCH = {
 }
 
 
-def road(bits: int, group: int, activation_bits: int, x_bits: int, m: int) -> str:
-    """How a packed weight is multiplied by m rows of floats of 16 or 32 bits. bits, group: of its codes."""
-    if m <= KERNEL_ROWS[activation_bits] and (activation_bits == 8 or x_bits == 16):
+def road(bits: int, group: int, activation_bits: int, x_bits: int, m: int, sparse: bool = False) -> str:
+    """How a packed weight is multiplied by m rows of floats of 16 or 32 bits. bits, group: of its codes.
+    sparse: so few of them are stored that our kernel is the fastest for any number of rows.
+    """
+    if (sparse or m <= KERNEL_ROWS[activation_bits]) and (activation_bits == 8 or x_bits == 16):
         return KERNEL
     if (bits, group, activation_bits) == (8, 0, 8):
         return INT_MM
@@ -54,7 +56,8 @@ def road_of(weight: GpuWeight, dtype: torch.dtype, m: int) -> str:
     if not isinstance(weight, CudaPackedWeight):
         return TORCH
     form = weight.format
-    return road(form.bits, form.group, weight.activation_bits, 8 * dtype.itemsize, m)
+    bits = weight.activation_bits
+    return road(form.bits, form.group, bits, 8 * dtype.itemsize, m, weight.few_blocks)
 
 
 def roads(
@@ -77,17 +80,24 @@ def roads_of(weight: GpuWeight, dtype: torch.dtype) -> tuple[str, str]:
     """`roads` of what is packed."""
     if not isinstance(weight, CudaPackedWeight):
         return TORCH, weight.why
-    return _roads(weight.format, weight.activation_bits, weight.shape, weight.device, dtype)
+    form, bits = weight.format, weight.activation_bits
+    return _roads(form, bits, weight.shape, weight.device, dtype, weight.few_blocks)
 
 
 def _roads(
-    form: Format, activation_bits: int, shape: tuple[int, int], device: torch.device, dtype: torch.dtype
+    form: Format,
+    activation_bits: int,
+    shape: tuple[int, int],
+    device: torch.device,
+    dtype: torch.dtype,
+    sparse: bool = False,
 ) -> tuple[str, str]:
-    limit = KERNEL_ROWS[activation_bits]
-    few, many = (road(form.bits, form.group, activation_bits, 8 * dtype.itemsize, m) for m in (1, limit + 1))
+    limit, x_bits = KERNEL_ROWS[activation_bits], 8 * dtype.itemsize
+    few, many = (road(form.bits, form.group, activation_bits, x_bits, m, sparse) for m in (1, limit + 1))
     if few == TORCH:
         return TORCH, f"x is {str(dtype).removeprefix('torch.')}; the kernels take float16 and bfloat16"
-    return f"{kernel_name(form, activation_bits, shape, device)}; above {limit} rows {many}", ""
+    name = kernel_name(form, activation_bits, shape, device)
+    return name if many == KERNEL else f"{name}; above {limit} rows {many}", ""
 
 
 def kernel_name(

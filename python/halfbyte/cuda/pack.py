@@ -31,6 +31,7 @@ class CudaPackedWeight(GpuWeight):
 
     __slots__ = ("weight", "scale", "total", "format", "activation_bits", "_codes")
     starts = columns = None  # of stored blocks
+    few_blocks = False
 
     def __init__(self, q: QuantizedTensor, form: Format):
         super().__init__(q.shape, q.scheme, q.codes.device)

@@ -17,13 +17,16 @@ from .zeros import BLOCK, blocks, from_blocks, from_pairs, has_pairs, pairs
 
 TWO_OF_FOUR, BLOCKS = 1, 2  # halfbyte_cuda_pattern
 MOST_BLOCKS = 0.6  # of a weight, for the others to be left out: what two of four takes. An estimate
+# Up to here the kernel of blocks, whose time falls with them, is taken for many rows too: dense int8 products
+# of many rows run about twice as fast as its own. An estimate
+FEW_BLOCKS = 0.4
 FLOATS = "no kernel for sparse floats"
 
 
 class CudaSparseWeight(CudaPackedWeight):
     """int8 codes without the zeros of a pattern; made by `pack`."""
 
-    __slots__ = ("starts", "columns", "_dense")
+    __slots__ = ("starts", "columns", "few_blocks", "_dense")
 
     def __init__(self, codes: Tensor, scale: Tensor, scheme: SparseScheme, pattern: int):
         """codes: int8 [n, k]."""
@@ -32,8 +35,11 @@ class CudaSparseWeight(CudaPackedWeight):
         self.scale = scale.detach().clone(memory_format=torch.contiguous_format)
         self.total = codes.sum(1, dtype=torch.int32)
         self.starts = self.columns = self._dense = None
+        self.few_blocks = False
         if pattern == BLOCKS:
             self.weight, self.starts, self.columns = blocks(codes)
+            n, k = codes.shape
+            self.few_blocks = len(self.columns) <= FEW_BLOCKS * -(-n // BLOCK) * -(-k // BLOCK)
         else:
             self.weight = pairs(codes)
 

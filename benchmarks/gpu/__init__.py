@@ -1,0 +1,1 @@
+"""The parts of gpu_suite.py: what it builds, checks, times and compares on a GPU."""
