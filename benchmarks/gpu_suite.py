@@ -154,11 +154,12 @@ def _child(options: argparse.Namespace) -> None:
             return
         import torch
 
-        from gpu import ceilings, correctness, device, elementwise, explore, integration, timing
+        from gpu import ceilings, correctness, elementwise, explore, integration, timing
+        from halfbyte.bench.gpu_clock import Emulated, Gpu
 
         stack.enter_context(torch.no_grad())
         torch.manual_seed(0)
-        on = device.Emulated() if tiny else device.Gpu()
+        on = Emulated() if tiny else Gpu()
         record.set("environment", device=on.name)
         jobs = {
             "ceilings": [ceilings.measure],
