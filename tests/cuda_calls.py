@@ -7,7 +7,7 @@ from torch import Tensor
 
 from corecall import Placed, place
 
-BAD_ARGUMENT, ALIGNMENT = -1, -2  # halfbyte_cuda_status
+BAD_ARGUMENT, ALIGNMENT = -10001, -10002  # halfbyte_cuda_status
 U = 2.0**-24  # half a unit in the last place of float32, relative
 
 

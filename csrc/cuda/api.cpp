@@ -2,6 +2,7 @@
 #include "cuda/api.h"
 
 #include <cstdio>
+#include <initializer_list>
 
 #include "cuda/device.h"
 #include "cuda/kernels.h"
@@ -20,6 +21,9 @@ bool known(const WeightFormat& f) {
 }
 
 WeightFormat format_of(const halfbyte_cuda_format& f) { return {f.bits, f.group, f.scale_bytes, f.offsets != 0, f.pattern}; }
+
+// A kernel that reads or writes beside the natural alignment ends the whole context.
+bool natural(const void* p, int type) { return reinterpret_cast<uintptr_t>(p) % (type == HALFBYTE_F32 ? 4 : 2) == 0; }
 
 bool aligned(const void* p, int64_t stride_bytes, int to) {
   return (reinterpret_cast<uintptr_t>(p) | static_cast<uint64_t>(stride_bytes)) % to == 0;
@@ -49,6 +53,15 @@ int check_arrays(const halfbyte_cuda_linear& c) {
   if (by_blocks && !c.starts) return HALFBYTE_CUDA_BAD_ARGUMENT;
   if (codes != (c.x_scale != nullptr) || (c.x_zero && (!codes || !c.total))) return HALFBYTE_CUDA_BAD_ARGUMENT;
   if (c.gate && (!c.gate_scale || (c.x_zero && !c.gate_total))) return HALFBYTE_CUDA_BAD_ARGUMENT;
+  if (c.residual && c.m > 1 && c.ld_residual < c.n) return HALFBYTE_CUDA_BAD_ARGUMENT;
+  for (const void* words : {static_cast<const void*>(c.x_scale), static_cast<const void*>(c.x_zero), c.total, c.gate_total,
+                            static_cast<const void*>(c.scale), static_cast<const void*>(c.gate_scale),
+                            static_cast<const void*>(c.bias), static_cast<const void*>(c.gate_bias),
+                            static_cast<const void*>(c.starts), static_cast<const void*>(c.columns),
+                            static_cast<const void*>(c.workspace)}) {
+    if (!natural(words, HALFBYTE_F32)) return HALFBYTE_CUDA_ALIGNMENT;
+  }
+  if (!natural(c.y, c.y_type) || (c.residual && !natural(c.residual, c.residual_type))) return HALFBYTE_CUDA_ALIGNMENT;
   const bool fits = aligned(c.x, c.m > 1 ? c.ldx * (codes ? 1 : 2) : 0, 16) && aligned(c.weight, 0, 16) && aligned(c.gate, 0, 16);
   return fits ? 0 : HALFBYTE_CUDA_ALIGNMENT;
 }
@@ -105,7 +118,7 @@ const char* halfbyte_cuda_error(int code) {
     case HALFBYTE_CUDA_WORKSPACE:
       return "the workspace is too small";
     default:
-      return device_error(code);
+      return device_error(code < 0 ? -code : code);
   }
 }
 

@@ -2,7 +2,8 @@
 //
 // Every call puts its kernels on `stream` (a cudaStream_t) of the current device and returns at once; nothing is allocated
 // and nothing waits, so calls can be captured in a CUDA graph. 0: done. Otherwise a code that halfbyte_cuda_error explains:
-// above 0 a cudaError_t, below 0 one of the library's own (Status). Pointers are of the device's memory, 16-byte aligned
+// above 0 a cudaError_t, below 0 one of the library's own (halfbyte_cuda_status), or a cudaError_t negated where the result
+// is a number. Pointers are of the device's memory, 16-byte aligned
 // where not said otherwise; strides ld* count elements.
 #pragma once
 #include <stdint.h>
@@ -14,10 +15,10 @@ extern "C" {
 #define HALFBYTE_CUDA_API __attribute__((visibility("default")))
 
 enum halfbyte_cuda_status {
-  HALFBYTE_CUDA_BAD_ARGUMENT = -1,  // a number that no kernel takes
-  HALFBYTE_CUDA_ALIGNMENT = -2,     // a pointer or stride that is not a multiple of what the kernel needs
-  HALFBYTE_CUDA_NO_KERNEL = -3,     // no kernel for this device
-  HALFBYTE_CUDA_WORKSPACE = -4,     // the workspace is smaller than halfbyte_cuda_linear_workspace said
+  HALFBYTE_CUDA_BAD_ARGUMENT = -10001,  // a number that no kernel takes
+  HALFBYTE_CUDA_ALIGNMENT = -10002,     // a pointer or stride that is not a multiple of what the kernel needs
+  HALFBYTE_CUDA_NO_KERNEL = -10003,     // no kernel for this device
+  HALFBYTE_CUDA_WORKSPACE = -10004,     // the workspace is smaller than halfbyte_cuda_linear_workspace said
 };
 
 enum halfbyte_cuda_dtype { HALFBYTE_F32 = 0, HALFBYTE_BF16 = 1, HALFBYTE_F16 = 2, HALFBYTE_I32 = 3, HALFBYTE_I8 = 4 };
@@ -63,8 +64,8 @@ struct halfbyte_cuda_linear {
   // 0: chosen. Otherwise forced, for tests and tuning: which kernel (80: copies by threads, partial sums through the
   // workspace; 90: bulk copies, clusters), over how many blocks k is split (1, 2, 4 or 8), warps per block (4 or 8).
   int32_t arch, splits, warps;
-  // Not 0: the last work put on the stream is the halfbyte_cuda_rows_run that makes x. Then the weights are fetched while
-  // it runs. (Of a weight that this very work wrote nothing may be read before its end.)
+  // Not 0: a halfbyte_cuda_rows_run on this stream makes x, and nothing after that writes the weights. Then they are fetched
+  // while the work before this call still runs, where that lets the next kernel start, as rows_run does.
   int32_t after_rows;
 };
 

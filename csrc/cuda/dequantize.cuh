@@ -42,7 +42,7 @@ HALFBYTE_KERNEL(dequantize_threads, 4) dequantize_tiles(const DequantizeArgs arg
   Word4 piece[count];
 #pragma unroll
   for (int p = 0; p < count; ++p) {
-    piece[p] = load_constant16(tile + ((count * depth + p) * pieces_side_by_side + column) * piece_bytes + lane * lane_bytes);
+    piece[p] = load16(tile + ((count * depth + p) * pieces_side_by_side + column) * piece_bytes + lane * lane_bytes);
   }
 #pragma unroll
   for (int upper = 0; upper < 2; ++upper) {

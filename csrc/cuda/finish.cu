@@ -35,7 +35,7 @@ HALFBYTE_KERNEL(finish_threads, 6) finish_products(const FinishArgs args) {
   float residual[finish_rows][finish_columns];
 #pragma unroll
   for (int r = 0; r < finish_rows; ++r) {
-    if (first + r < call.m) acc[r] = load_constant16(call.acc + (first + r) * call.ld_acc + n);
+    if (first + r < call.m) acc[r] = load16(call.acc + (first + r) * call.ld_acc + n);
   }
 #pragma unroll
   for (int r = 0; r < finish_rows; ++r) {
@@ -47,7 +47,7 @@ HALFBYTE_KERNEL(finish_threads, 6) finish_products(const FinishArgs args) {
   Word4 total{};
   load4(call.scale, n, HALFBYTE_F32, scale);
   if (call.bias) load4(call.bias, n, HALFBYTE_F32, bias);
-  if (call.x_zero) total = load_constant16(call.total + n);
+  if (call.x_zero) total = load16(call.total + n);
   const int32_t totals[finish_columns] = {static_cast<int32_t>(total.x), static_cast<int32_t>(total.y),
                                           static_cast<int32_t>(total.z), static_cast<int32_t>(total.w)};
 #pragma unroll

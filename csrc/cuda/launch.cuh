@@ -35,6 +35,9 @@ int launch(const Launch& how, const Args& args) {
     int most = 0;
     if (cudaError_t e = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) return e;
     if (cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most)) return e;
+    // Or a block may not find room beside one of a kernel for which the processor keeps little shared memory.
+    const int all = cudaSharedmemCarveoutMaxShared;
+    if (cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, all)) return e;
     prepared.fetch_or(bit, std::memory_order_relaxed);
   }
   cudaLaunchConfig_t config{};

@@ -13,9 +13,11 @@ HALFBYTE_DEVICE int64_t place_in_workspace(const halfbyte_cuda_linear& call, int
 
 class CopyByThreads {
  public:
+  static constexpr int header_bytes = 0;
+
   HALFBYTE_DEVICE CopyByThreads(char*, char* ring, const LinearArgs& args, int, int lane)
       : ring_(shared_address(ring)), bytes_(args.tile_bytes), stages_(args.schedule.stages), lane_(lane),
-        policy_(evict_first_policy()) {}
+        policy_(tile_policy()) {}
 
   // An empty group where there is nothing left to copy, so that `wait` can count groups.
   HALFBYTE_DEVICE void start(bool there, int stage, const uint8_t* from) {
@@ -37,6 +39,7 @@ class CopyByThreads {
   template <int bits, class Sum, class SumOf>
   HALFBYTE_DEVICE static void meet(const LinearArgs& args, int rows, int64_t m0, int64_t n0, SumOf sum_of) {
     const halfbyte_cuda_linear& call = args.call;
+#pragma unroll 1
     for (int e = thread(); e < rows * tile_n; e += threads()) {
       const int64_t m = m0 + e / tile_n, n = n0 + e % tile_n;
       if (blocks_x() > 1) {
@@ -55,12 +58,12 @@ class CopyByThreads {
   uint64_t policy_;
 };
 
-// The sums of all splits, in their order. Grid: channels by 256, rows.
+// The sums of all splits, in their order. Grid: rows, channels by 256.
 template <int bits, class Sum>
 HALFBYTE_KERNEL(256, 1)
 linear_meet_kernel(const LinearArgs args) {
   const halfbyte_cuda_linear& call = args.call;
-  const int64_t n = static_cast<int64_t>(block_x()) * threads() + thread(), m = block_y();
+  const int64_t n = static_cast<int64_t>(block_y()) * threads() + thread(), m = block_x();
   if (n >= call.n) return;
   const Sum* workspace = static_cast<const Sum*>(call.workspace);
   Sum sums[2] = {0, 0};
@@ -77,7 +80,7 @@ linear_meet_kernel(const LinearArgs args) {
 int linear_sm80(const LinearArgs& args, void* stream) {
   if (int error = launch_linear<CopyByThreads>(args, 1, false, stream)) return error;
   if (args.schedule.splits == 1) return 0;
-  const Launch how{{ceil_div(args.call.n, 256), args.call.m, 1}, 256, 0, 1, stream};
+  const Launch how{{args.call.m, ceil_div(args.call.n, 256), 1}, 256, 0, 1, stream};
   if (args.call.x_type != HALFBYTE_I8 || args.call.format.group) return launch<linear_meet_kernel<8, float>>(how, args);
   if (args.call.format.bits == 8) return launch<linear_meet_kernel<8, int>>(how, args);
   return launch<linear_meet_kernel<4, int>>(how, args);

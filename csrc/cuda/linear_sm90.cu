@@ -7,10 +7,13 @@ namespace {
 
 class CopyInBulk {
  public:
+  static constexpr int header_bytes = barrier_bytes;
+
   HALFBYTE_DEVICE CopyInBulk(char* shared, char* ring, const LinearArgs& args, int warp, int lane)
       : barriers_(shared_address(shared) + 8 * warp * args.schedule.stages), ring_(shared_address(ring)),
-        bytes_(args.tile_bytes), lane_(lane), policy_(evict_first_policy()) {
+        bytes_(args.tile_bytes), lane_(lane), policy_(tile_policy()) {
     if (lane == 0) {
+#pragma unroll 1
       for (int stage = 0; stage < args.schedule.stages; ++stage) barrier_init(barriers_ + 8 * stage, 1);
       barrier_init_fence();
       async_proxy_fence();
@@ -27,6 +30,7 @@ class CopyInBulk {
   HALFBYTE_DEVICE void wait(int stage, int parity) {
     while (!barrier_try_wait(barriers_ + 8 * stage, parity)) {
     }
+    warp_sync();
   }
 
   template <int bits, class Sum, class SumOf>
@@ -36,6 +40,7 @@ class CopyInBulk {
     auto total = [&](int side, int e) {
       if (blocks == 1) return *sum_of(side, e);
       Sum v = 0;
+#pragma unroll 1
       for (int rank = 0; rank < blocks; ++rank) {
         const uint32_t there = load_cluster(shared_address(sum_of(side, e)), rank);
         if constexpr (is_integer<Sum>) {
@@ -50,13 +55,14 @@ class CopyInBulk {
       warp_sync();  // a cluster's barrier takes whole warps
       cluster_sync();
     }
+#pragma unroll 1
     for (int e = block_x() * threads() + thread(); e < rows * tile_n; e += blocks * threads()) {
       const int64_t n = n0 + e % tile_n;
       if (n < call.n) finish<bits, Sum>(call, total(0, e), call.gate ? total(1, e) : Sum{0}, m0 + e / tile_n, n);
     }
     if (blocks > 1) {
       warp_sync();
-      cluster_sync();  // a block's memory must last until all have read it
+      cluster_wait();  // a block's memory must last until all have read it
     }
   }
 

@@ -42,17 +42,16 @@ HALFBYTE_DEVICE SharedAddress shared_address(const void* p) {
 HALFBYTE_DEVICE void block_sync() { __syncthreads(); }
 HALFBYTE_DEVICE void warp_sync() { __syncwarp(); }
 HALFBYTE_DEVICE float shuffle_xor(float v, int mask) { return __shfl_xor_sync(~0u, v, mask); }
-HALFBYTE_DEVICE int shuffle_xor(int v, int mask) { return __shfl_xor_sync(~0u, v, mask); }
 
-// Global memory that nothing writes during the kernel.
-HALFBYTE_DEVICE Word4 load_constant16(const void* p) {
+// Global memory. (Not ld.global.nc: a kernel that starts early reads what another one is still writing when it starts.)
+HALFBYTE_DEVICE Word4 load16(const void* p) {
   Word4 v;
-  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
   return v;
 }
-HALFBYTE_DEVICE Word2 load_constant8(const void* p) {
+HALFBYTE_DEVICE Word2 load8(const void* p) {
   Word2 v;
-  asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+  asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
   return v;
 }
 
@@ -62,6 +61,13 @@ HALFBYTE_DEVICE uint64_t evict_first_policy() {
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
+
+HALFBYTE_DEVICE uint64_t normal_policy() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+HALFBYTE_DEVICE void prefetch_into_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 // Copies of 16 bytes into shared memory behind the thread's back, in groups (sm_80).
 HALFBYTE_DEVICE void copy_async16(SharedAddress to, const void* from, uint64_t policy) {
@@ -104,6 +110,10 @@ HALFBYTE_DEVICE void copy_bulk(SharedAddress to, const void* from, int bytes, Sh
 // Blocks of one cluster (sm_90).
 HALFBYTE_DEVICE void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// Only waits: what the blocks wrote before need not be seen by the others.
+HALFBYTE_DEVICE void cluster_wait() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 HALFBYTE_DEVICE uint32_t load_cluster(SharedAddress address, int rank) {  // the same address in another block of the cluster
   uint32_t there, v;

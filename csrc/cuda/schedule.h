@@ -15,17 +15,16 @@ struct Schedule {
   constexpr int rows() const { return 8 * columns; }
 };
 
-constexpr int barrier_bytes = 256;  // before the tiles: 8 warps x 3 stages x 8 bytes, rounded up
+constexpr int barrier_bytes = 256;  // before the tiles of the kernels of sm90: 8 warps x 3 stages x 8 bytes, rounded up
 
 HALFBYTE_HD constexpr int shared_bytes(const Schedule& s, int tile_bytes) {
-  return barrier_bytes + s.warps * s.stages * tile_bytes;
+  return (s.arch == 90 ? barrier_bytes : 0) + s.warps * s.stages * tile_bytes;
 }
 
 // The sums of all warps, of 64 channels and up to 32 rows, take the place of the tiles: 8 KiB a warp, less than two tiles.
 static_assert(tile_n * 32 * 4 <= 2 * WeightFormat{4, 0, 0, false}.tile_bytes());
 
-// Three stages hide the latency of memory, and eight warps of a processor that of the arithmetic: a warp alone takes some
-// 1000 cycles for a tile of 4 bits, and memory brings a processor one every 256 (H200: 4.3 TB/s, 132 processors, 1.9 GHz).
+// Three stages hide the latency of memory; eight warps share out k, and where two blocks fit a processor it has sixteen.
 constexpr void fit(Schedule& s, int tile_bytes, const Device& device, int forced_warps) {
   for (int warps = 8; warps >= 4; warps /= 2) {
     for (int stages = 3; stages >= 2; --stages) {
@@ -47,13 +46,18 @@ constexpr Schedule choose_schedule(const Device& device, const WeightFormat& f, 
     best.splits = forced_splits;
     return best;
   }
-  // Time in tiles of one processor: its blocks, each with its share of k and a beginning and an end worth six tiles (about
-  // 1 us where a processor streams 32 KiB/us); blocks that split k meet once more. A guess to be replaced by measurements.
-  const int64_t sides = gated ? 2 : 1, warps = best.warps / sides;
+  // The time of the busiest processor, in tiles: its blocks' shares of k, a quarter more where they are too few warps to hide
+  // the latency of the arithmetic (a warp alone takes some 1000 cycles for a tile of 4 bits; memory brings a processor one
+  // every 256: 4.3 TB/s, 132 processors, 1.9 GHz), and a beginning and an end worth six tiles for each round of blocks that
+  // run at once; blocks that split k meet once more. A guess to be replaced by measurements.
+  const int64_t warps = best.warps / (gated ? 2 : 1);
+  const int resident = 2 * (shared_bytes(best, f.tile_bytes()) + 1024) <= device.shared_bytes + 1024 ? 2 : 1;
   int64_t least = 0;
   for (int splits = 1; splits <= 8; splits *= 2) {
-    const int64_t waves = ceil_div(n_tiles(n) * splits, device.processors);
-    const int64_t cost = waves * (ceil_div(k_tiles(k), splits * warps) * best.warps + 6) + (splits > 1 ? 3 : 0);
+    const int64_t blocks = ceil_div(n_tiles(n) * splits, device.processors);
+    const int64_t tiles = blocks * ceil_div(k_tiles(k), splits * warps) * best.warps;
+    const bool busy = (blocks < resident ? blocks : resident) * best.warps >= 16;
+    const int64_t cost = 4 * (busy ? tiles : tiles + tiles / 4) + 24 * ceil_div(blocks, resident) + (splits > 1 ? 12 : 0);
     if (splits == 1 || cost < least) {
       least = cost;
       best.splits = splits;

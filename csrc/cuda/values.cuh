@@ -43,7 +43,7 @@ HALFBYTE_DEVICE Eight<bytes> load8(const void* row, int i) {
   const char* const p = static_cast<const char*>(row) + static_cast<int64_t>(i) * bytes;
   Eight<bytes> raw;
 #pragma unroll
-  for (int w = 0; w < bytes / 2; ++w) raw.words[w] = load_constant16(p + 16 * w);
+  for (int w = 0; w < bytes / 2; ++w) raw.words[w] = load16(p + 16 * w);
   return raw;
 }
 
@@ -84,10 +84,10 @@ HALFBYTE_DEVICE void store8(void* row, int i, int type, const float (&v)[8]) {
 
 HALFBYTE_DEVICE void load4(const void* row, int i, int type, float (&v)[4]) {
   if (type == HALFBYTE_F32) {
-    const Word4 raw = load_constant16(static_cast<const float*>(row) + i);
+    const Word4 raw = load16(static_cast<const float*>(row) + i);
     v[0] = bits_to_float(raw.x), v[1] = bits_to_float(raw.y), v[2] = bits_to_float(raw.z), v[3] = bits_to_float(raw.w);
   } else {
-    const Word2 raw = load_constant8(static_cast<const uint16_t*>(row) + i);
+    const Word2 raw = load8(static_cast<const uint16_t*>(row) + i);
     widen_pair(raw.x, type, v[0], v[1]);
     widen_pair(raw.y, type, v[2], v[3]);
   }

@@ -315,8 +315,8 @@ void test_deaths() {
       copy_async_wait<0>();
     }
   }>("somebody wrote to 20 while a copy");
-  dies<BODY { load_constant16(source + 2); }>("a load of 16 bytes");
-  dies<BODY { load_constant8(source + 1); }>("a load of 8 bytes");
+  dies<BODY { load16(source + 2); }>("a load of 16 bytes");
+  dies<BODY { load8(source + 1); }>("a load of 8 bytes");
   dies<BODY { load_cluster(at(16), 2); }>("block 2 of a cluster of 2");
   dies<BODY { load_cluster(at(18), 1); }>("shared address 18 is no multiple of 4");
   dies<BODY { if (block_x() == 0) while (true) warp_sync(), load_cluster(at(16), 1); }>("which has ended");

@@ -59,14 +59,17 @@ struct Memory {
 // A packed weight [n, k] and what it means.
 struct Weight {
   Weight(Rng& rng, WeightFormat f, int n, int k, int64_t tiles_there = 0)
-      : packed(f.pattern == blocks ? tiles_there * f.tile_bytes() : weight_bytes(f, n, k)), value(int64_t{n} * k), plain(int64_t{n} * k), scale(n), sum(n), total(n) {
+      : packed(f.pattern == blocks ? tiles_there * f.tile_bytes() : weight_bytes(f, n, k)),
+        value(int64_t{n} * k), plain(int64_t{n} * k), scale(n), sum(n), total(n) {
     if (f.pattern != dense) {
       fill_pattern(rng, f, n, k, tiles_there);
       return;
     }
     std::memset(packed.p, f.bits == 4 ? 0x88 : 0, packed.bytes);
     const int64_t tiles = n_tiles(n) * k_tiles(k);
-    for (int64_t i = 0; i < tiles; ++i) std::memset(packed.p + i * f.tile_bytes() + f.scales_at(), 0, f.tile_bytes() - f.scales_at());
+    for (int64_t i = 0; i < tiles; ++i) {
+      std::memset(packed.p + i * f.tile_bytes() + f.scales_at(), 0, f.tile_bytes() - f.scales_at());
+    }
     const int all = static_cast<int>(rng() % 4);  // 0, 1: the largest codes everywhere
     for (int j = 0; j < n; ++j) {
       scale[j] = 0.01f + 0.1f * std::fabs(uniform(rng));
@@ -220,10 +223,11 @@ void run(Rng& rng) {
   for (int64_t i = 0; i < (m - 1) * ldy + n; ++i) write(residual.p, i, c.residual_type, uniform(rng));
   if (below(rng, 2)) c.residual = residual.p;
 
-  const std::string name = "m " + std::to_string(m) + " n " + std::to_string(n) + " k " + std::to_string(k) + " bits " +
-                           std::to_string(f.bits) + " group " + std::to_string(f.group) + " offsets " + std::to_string(f.offsets) +
-                           " pattern " + std::to_string(f.pattern) + " x " + std::to_string(x_type) + " gate " + std::to_string(gated) + " splits " +
-                           std::to_string(c.splits) + " warps " + std::to_string(c.warps);
+  std::string name = "a call of";
+  const std::pair<const char*, int> numbers[] = {{"m", m}, {"n", n}, {"k", k}, {"bits", f.bits}, {"group", f.group},
+                                                 {"offsets", f.offsets}, {"pattern", f.pattern}, {"x type", x_type},
+                                                 {"gate", gated}, {"splits", c.splits}, {"warps", c.warps}};
+  for (const auto& [what, number] : numbers) name += std::string(" ") + what + " " + std::to_string(number);
   const int processors = 1 + below(rng, 8);
   std::vector<char> first;
   for (int variant = 0; variant < 2; ++variant) {  // one kernel, then the other in another order of its warps: equal bits

@@ -53,16 +53,17 @@ SharedAddress shared_address(const void* p);
 void block_sync();
 void warp_sync();
 float shuffle_xor(float v, int mask);
-int shuffle_xor(int v, int mask);
 
-inline Word4 load_constant16(const void* p) {
+inline Word4 load16(const void* p) {
   emulated::need_aligned(p, 16);
   return *static_cast<const Word4*>(__builtin_assume_aligned(p, 16));
 }
-inline Word2 load_constant8(const void* p) {
+inline Word2 load8(const void* p) {
   emulated::need_aligned(p, 8);
   return *static_cast<const Word2*>(__builtin_assume_aligned(p, 8));
 }
+inline void prefetch_into_l2(const void*) {}
+inline uint64_t normal_policy() { return 0; }
 inline uint64_t evict_first_policy() { return 0; }
 
 // Copies of the thread, made when it waits for their group, not before. Until then their bytes are poison.
@@ -85,6 +86,7 @@ void copy_bulk(SharedAddress to, const void* from, int bytes, SharedAddress barr
 void wait_for_kernel_before();
 inline void let_next_kernel_start() {}  // kernels run one after the other
 void cluster_sync();
+inline void cluster_wait() { cluster_sync(); }
 uint32_t load_cluster(SharedAddress address, int rank);
 
 // Sums in double, rounded once; those of mma_s8 are exact and wrap.

@@ -216,7 +216,6 @@ using namespace emulated;
 
 void warp_sync() { together(Collective::sync); }
 float shuffle_xor(float v, int mask) { return std::bit_cast<float>(shuffle(std::bit_cast<uint32_t>(v), mask)); }
-int shuffle_xor(int v, int mask) { return static_cast<int>(shuffle(static_cast<uint32_t>(v), mask)); }
 
 void mma_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { multiply(Collective::mma_f16, d, a, b0, b1); }
 void mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { multiply(Collective::mma_bf16, d, a, b0, b1); }
