@@ -24,22 +24,30 @@ struct Launch {
 
 namespace halfbyte::cuda {
 
-// Returns a cudaError_t.
-template <auto kernel, class Args>
-int launch(const Launch& how, const Args& args) {
-  static std::atomic<uint64_t> prepared{0};  // a bit per device: it takes this kernel's shared memory
+// Both return a cudaError_t.
+
+// Loads a kernel and lets it have all shared memory, once per device: nothing of this is left to a call that is captured in
+// a graph.
+template <auto kernel>
+int prepare() {
+  static std::atomic<uint64_t> prepared{0};  // a bit per device
   int device = 0;
   if (cudaError_t e = cudaGetDevice(&device)) return e;
   const uint64_t bit = uint64_t{1} << (device & 63);
-  if (device > 63 || !(prepared.load(std::memory_order_relaxed) & bit)) {
-    int most = 0;
-    if (cudaError_t e = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) return e;
-    if (cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most)) return e;
-    // Or a block may not find room beside one of a kernel for which the processor keeps little shared memory.
-    const int all = cudaSharedmemCarveoutMaxShared;
-    if (cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, all)) return e;
-    prepared.fetch_or(bit, std::memory_order_relaxed);
-  }
+  if (device < 64 && prepared.load(std::memory_order_relaxed) & bit) return 0;
+  int most = 0;
+  if (cudaError_t e = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) return e;
+  if (cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most)) return e;
+  // Or a block may not find room beside one of a kernel for which the processor keeps little shared memory.
+  const int all = cudaSharedmemCarveoutMaxShared;
+  if (cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, all)) return e;
+  prepared.fetch_or(bit, std::memory_order_relaxed);
+  return 0;
+}
+
+template <auto kernel, class Args>
+int launch(const Launch& how, const Args& args) {
+  if (int error = prepare<kernel>()) return error;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(how.grid[0], how.grid[1], how.grid[2]);
   config.blockDim = dim3(how.threads);

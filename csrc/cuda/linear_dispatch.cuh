@@ -4,28 +4,32 @@
 
 namespace halfbyte::cuda {
 
-template <class Copy, int x_type, int bits, int columns>
+// All numbers of columns are prepared with the first: a graph is often captured of another number of rows than came before.
+template <class Copy, int x_type, int bits, Has has>
 int launch_linear(const LinearArgs& args, const Launch& how) {
-  const auto& format = args.call.format;
-  if constexpr (x_type == HALFBYTE_I8 && bits == 8) {
-    if (format.pattern == two_of_four) return launch<linear_kernel<Copy, x_type, bits, columns, Has::pairs>>(how, args);
-    if (format.pattern == blocks) return launch<linear_kernel<Copy, x_type, bits, columns, Has::blocks>>(how, args);
+  if (int error = prepare<linear_kernel<Copy, x_type, bits, 1, has>>()) return error;
+  if (int error = prepare<linear_kernel<Copy, x_type, bits, 2, has>>()) return error;
+  if (int error = prepare<linear_kernel<Copy, x_type, bits, 4, has>>()) return error;
+  switch (args.schedule.columns) {
+    case 1:
+      return launch<linear_kernel<Copy, x_type, bits, 1, has>>(how, args);
+    case 2:
+      return launch<linear_kernel<Copy, x_type, bits, 2, has>>(how, args);
+    default:
+      return launch<linear_kernel<Copy, x_type, bits, 4, has>>(how, args);
   }
-  if (format.offsets) return launch<linear_kernel<Copy, x_type, bits, columns, Has::offsets>>(how, args);
-  if (format.group) return launch<linear_kernel<Copy, x_type, bits, columns, Has::groups>>(how, args);
-  return launch<linear_kernel<Copy, x_type, bits, columns, Has::nothing>>(how, args);
 }
 
 template <class Copy, int x_type, int bits>
 int launch_linear(const LinearArgs& args, const Launch& how) {
-  switch (args.schedule.columns) {
-    case 1:
-      return launch_linear<Copy, x_type, bits, 1>(args, how);
-    case 2:
-      return launch_linear<Copy, x_type, bits, 2>(args, how);
-    default:
-      return launch_linear<Copy, x_type, bits, 4>(args, how);
+  const auto& format = args.call.format;
+  if constexpr (x_type == HALFBYTE_I8 && bits == 8) {
+    if (format.pattern == two_of_four) return launch_linear<Copy, x_type, bits, Has::pairs>(args, how);
+    if (format.pattern == blocks) return launch_linear<Copy, x_type, bits, Has::blocks>(args, how);
   }
+  if (format.offsets) return launch_linear<Copy, x_type, bits, Has::offsets>(args, how);
+  if (format.group) return launch_linear<Copy, x_type, bits, Has::groups>(args, how);
+  return launch_linear<Copy, x_type, bits, Has::nothing>(args, how);
 }
 
 template <class Copy, int x_type>

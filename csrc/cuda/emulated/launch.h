@@ -12,6 +12,11 @@ int run(const Launch& how, const char* name, void (*kernel)(const void* args), c
 }  // namespace emulated
 
 // Returns a cudaError_t, 1 (an invalid value) for every wrong size.
+template <auto kernel>
+int prepare() {
+  return 0;
+}
+
 template <auto kernel, class Args>
 int launch(const Launch& how, const Args& args) {
   static_assert(std::is_trivially_copyable_v<Args> && sizeof(Args) <= 4096);  // what a GPU takes
