@@ -112,12 +112,36 @@ def test_use_library_puts_everything_back(emulated_library):
 
 
 def test_errors_of_a_call_are_explained(gpu):
-    with pytest.raises(hb.CudaError, match=r"linear: an argument that no kernel takes \(code -1\)") as caught:
+    match = r"linear: an argument that no kernel takes \(code -10001\)"
+    with pytest.raises(hb.CudaError, match=match) as caught:
         gpu.check(gpu.linear_run(ctypes.byref(library.Linear()), None), "linear")
     assert isinstance(caught.value, RuntimeError)
     with pytest.raises(hb.CudaError, match="invalid device ordinal"):
         gpu.check(101, "somewhere")
     gpu.check(0, "somewhere")
+
+
+def test_errors_in_place_of_a_number_are_explained(gpu):
+    what = "invalid device ordinal (code 101)"
+    assert gpu.arch(7) == -101 and gpu.explain(-101) == gpu.explain(101) == what
+    assert library.obstacle(7) == f"the library does not see the GPU 7: {what}"
+
+
+def test_a_gpu_without_room_for_a_kernel(gpu):
+    """Then torch computes in each layer, and `summary` says so."""
+    q, x = make(40, 64, "w8a8"), torch.randn(3, 64)
+    sparse = hb.sparsify(torch.randn(40, 64) * (torch.arange(64) % 4 < 2), "w8a8+2:4")
+    try:
+        ctypes.CDLL(gpu.path).halfbyte_cuda_emulate(90, 132, 1024, 0)
+        packed, layer = hb.pack(q), hb.QLinear(q)
+        assert isinstance(packed, TorchWeight) and "takes a weight of 40 x 64 on this GPU" in packed.why
+        for module in (layer, hb.SparseLinear(sparse)):
+            y = module(x)
+            torch.testing.assert_close(y, x @ module.dequantize().T)
+            row = hb.summary(torch.nn.Sequential(module)).layers[0]
+            assert row.kernel == "torch" and row.why_torch == packed.why
+    finally:
+        emulate(gpu, 90)
 
 
 def test_a_gpu_that_is_too_old(gpu):
@@ -183,6 +207,14 @@ def test_the_doctor_with_a_library(forgotten, monkeypatch, emulated_library, doc
         assert "does not see it" in device["why"]
     text = doctor()
     assert str(emulated_library) in text and "sm_90" in text
+
+
+def test_the_doctor_of_a_gpu_that_fails(gpu, monkeypatch, doctor):
+    monkeypatch.setattr(gpu, "arch", lambda index: -101)
+    library.obstacle.cache_clear()
+    (device,) = json.loads(doctor("--json"))["cuda"]["devices"]
+    assert device["arch"] is None and device["why"].endswith("invalid device ordinal (code 101)")
+    assert "sm_" not in doctor() and "torch computes: the library does not see the GPU 0" in doctor()
 
 
 def test_what_runs_on_the_cpu_loads_nothing_of_it():

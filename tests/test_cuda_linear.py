@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 import torch
 
@@ -230,7 +232,7 @@ def test_views(gpu, scheme, view):
 
 def test_roads_follow_the_numbers_of_a_call():
     a16, a8 = roads.KERNEL_ROWS[16], roads.KERNEL_ROWS[8]
-    assert (a16, a8) == (192, 128)
+    assert (a16, a8) == (128, 128)
     for bits, group in ((4, 64), (8, 0)):
         assert [road(bits, group, 16, 16, m) for m in (1, a16, a16 + 1)] == [KERNEL, KERNEL, DEQUANTIZE]
         assert road(bits, group, 16, 32, 1) == road(bits, group, 16, 32, 10**6) == TORCH
@@ -245,6 +247,28 @@ def test_a_rows_result_does_not_depend_on_the_others(gpu):
         packed, x = hb.pack(make(70, 300, scheme)), torch.randn(33, 300).half()
         y = hb.linear(x, packed)
         assert torch.equal(torch.cat([hb.linear(row[None], packed) for row in x]), y)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_a_kernel_takes_many_rows_some_at_a_time(gpu, monkeypatch, arch):
+    emulate, calls = ctypes.CDLL(gpu.path).halfbyte_cuda_emulate, []
+    run = gpu.linear_run
+    monkeypatch.setattr(gpu, "linear_run", lambda call, on: calls.append(call._obj.m) or run(call, on))
+    try:
+        emulate(arch, 132, 166912 if arch == 80 else 232448, 0)
+        for scheme in ("w8a8", "w4a16_g64"):
+            packed, x = hb.pack(make(40, 600, scheme)), torch.randn(100, 600).half()
+            residual = torch.randn(100, 80).bfloat16()[:, ::2]
+            bias = torch.randn(40)
+            y = hb.linear(x, packed, bias, residual=residual, out_dtype=torch.float32)
+            calls.clear()
+            with monkeypatch.context() as patch:
+                patch.setattr(roads, "ROWS_AT_ONCE", 33)
+                other = hb.linear(x, packed, bias, residual=residual, out_dtype=torch.float32)
+            assert torch.equal(other, y) and calls == [33, 33, 33, 1]
+            assert torch.equal(hb.linear(x, packed, bias), hb.linear(x.clone(), packed, bias))
+    finally:
+        emulate(90, 132, 232448, 0)
 
 
 REFUSED = [

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import pickle
 from ctypes import byref
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import halfbyte as hb
 from cuda_weights import WEIGHTS, make
-from halfbyte.cuda import pack
+from halfbyte.cuda import pack, zeros
+from halfbyte.cuda import sparse as sparse_pack
 from halfbyte.cuda.linear import INT_MM, KERNEL, road_of
 from halfbyte.cuda.pack import CudaPackedWeight, TorchWeight, dequantized
 from halfbyte.cuda.sparse import BLOCKS
+from halfbyte.cuda.zeros import blocks, from_blocks, from_pairs, pairs
 from halfbyte.pack import GpuWeight
 
 SHAPES = [(1, 1), (7, 33), (64, 128), (70, 200), (129, 385)]
@@ -145,6 +152,78 @@ def test_what_a_pack_says_of_itself(gpu):
     assert packed.nbytes == 2 * 2 * (4096 + 256) + 70 * 4 and packed.device == torch.device("cpu")
 
 
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8+2:4", "w4a16_g64+nf4"])
+def test_a_pack_is_neither_pickled_nor_copied(gpu, scheme):
+    weight = zeroed(40, 64, "2:4")
+    packed = hb.pack(hb.sparsify(weight, scheme) if ":" in scheme else hb.quantize(weight, scheme))
+    for way in (pickle.dumps, copy.copy, copy.deepcopy):
+        with pytest.raises(TypeError, match=f"a {type(packed).__name__} is a cache of one GPU.*or the layer"):
+            way(packed)
+
+
+def test_packs_are_done_before_another_stream_reads_them(gpu, monkeypatch):
+    finished = []
+    monkeypatch.setattr(pack, "finish", finished.append)
+    monkeypatch.setattr(sparse_pack, "finish", finished.append)
+    packed = hb.pack(make(40, 64, "w8a8"))
+    packed.unpack_into(torch.empty(40, 64, dtype=torch.int8))
+    sparse = hb.pack(hb.sparsify(zeroed(40, 64, "2:4"), "w8a8+2:4"))
+    sparse.rows(), sparse.rows()
+    assert finished == 4 * [torch.device("cpu")]
+    monkeypatch.undo()
+    waited = SimpleNamespace(synchronize=lambda: finished.append("waited"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: finished.append(device) or waited)
+    pack.finish(torch.device("cuda", 1))
+    pack.finish(torch.device("cpu"))
+    assert finished[4:] == [torch.device("cuda", 1), "waited"]
+
+
+def test_the_device_of_a_tensor_says_whether_it_is_captured(monkeypatch):
+    current = [0]
+
+    @contextlib.contextmanager
+    def on(device):
+        current.append(device.index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(pack, "on", on)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[-1] == 1)
+    tensors = [SimpleNamespace(is_cuda=True, device=torch.device("cuda", index)) for index in (0, 1)]
+    pack.check_not_captured(tensors[0])
+    with pytest.raises(hb.CudaError, match="captured"):
+        pack.check_not_captured(tensors[1])
+
+
+class Largest(TorchDispatchMode):
+    """The bytes of the largest tensor that an operation makes."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **kwargs or {})
+        parts = made if isinstance(made, (tuple, list)) else (made,)
+        self.bytes = max(self.bytes, *(p.nbytes for p in parts if isinstance(p, torch.Tensor)))
+        return made
+
+
+WAYS = [("2:4", pairs, from_pairs), ("blocks", blocks, from_blocks)]
+
+
+@pytest.mark.parametrize(("pattern", "to", "back"), WAYS)
+@pytest.mark.parametrize("shape", [(640, 256), (650, 330)], ids=str)
+def test_zeros_are_left_out_of_some_rows_at_a_time(monkeypatch, pattern, to, back, shape):
+    codes = zeroed(*shape, pattern).mul(30).round().to(torch.int8)
+    whole = to(codes)
+    monkeypatch.setattr(zeros, "_AT_ONCE", 128 * shape[1])
+    with Largest() as largest:
+        made = to(codes)
+    whole, made = (p if isinstance(p, tuple) else (p,) for p in (whole, made))
+    assert all(torch.equal(a, b) for a, b in zip(made, whole, strict=True))
+    assert largest.bytes <= 3 * codes.nbytes
+    assert torch.equal(back(*made, shape), codes)
+
+
 NO_KERNEL = [("w4a16_g64+nf4", "nf4"), ("w8a8+ag64", "ag"), ("w4a8_g32+ag32", "ag")]
 
 
@@ -155,6 +234,13 @@ def test_weights_without_a_kernel_are_left_to_torch(gpu, scheme, why):
     assert isinstance(packed, TorchWeight) and packed.shares_codes and packed.nbytes == 0
     assert packed.kernel == "torch" and why in packed.why
     assert torch.equal(packed.dequantize(torch.float32), q.dequantize())
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a16_g32+asym"])
+def test_a_weight_without_channels(gpu, scheme):
+    packed = hb.pack(make(8, 32, scheme).rows(0, 0))
+    assert packed.kernel == "torch" and "no output channels" in packed.why
+    assert hb.linear(torch.randn(3, 32).half(), packed).shape == (3, 0)
 
 
 def test_dequantizing_some_rows_at_a_time_changes_nothing(gpu, monkeypatch):

@@ -9,29 +9,33 @@ from torch.nn import functional
 
 from halfbyte.bench.gpu_clock import Call, Device, cold
 from halfbyte.cuda.library import Dequantize
+from halfbyte.cuda.rows import codes_of
+from halfbyte.errors import CudaError
 
 from .operands import TYPES, packed_tensor, random_tensor, runner
 
 INT_MM_ROWS = 17  # the least that torch._int_mm takes
+PADDED_ROWS = 32  # what fewer rows become in front of it
 TINYGEMM_ROWS = 64  # more take it much longer than anything else
 TINYGEMM_GROUP, TINYGEMM_K_TILES = 128, 8
 
 
 class Baselines:
-    """Seconds by (m, n, k), measured when they are first asked for; None where torch has no such call."""
+    """(seconds, or None and why) by (m, n, k), measured when they are first asked for: torch may have no such
+    call, or no memory for it.
+    """
 
     def __init__(self, device: Device) -> None:
         self.device = device
         self.seconds = cache(self._seconds)
 
-    def _seconds(self, name: str, m: int, n: int, k: int) -> float | None:
-        make, weight_bytes = getattr(self, f"_{name}")(m, n, k)
+    def _seconds(self, name: str, m: int, n: int, k: int) -> tuple[float | None, str]:
         try:
-            return cold(self.device, make, weight_bytes)
+            return cold(self.device, *getattr(self, f"_{name}")(m, n, k)), ""
         except (RuntimeError, NotImplementedError) as error:
-            if "CUDA error" in str(error):
+            if "CUDA error" in str(error) or isinstance(error, CudaError):
                 raise
-            return None
+            return None, f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
     def _x(self, m: int, k: int) -> torch.Tensor:
         return torch.randn(m, k, device=self.device.device).bfloat16()
@@ -47,7 +51,7 @@ class Baselines:
 
     def _int_mm(self, m: int, n: int, k: int) -> tuple:
         """Rows to codes, _int_mm, scales, all in torch; few rows are padded to as many as it takes."""
-        x, rows = self._x(m, k), max(m, 32 if m < INT_MM_ROWS else m)
+        x, rows = self._x(m, k), m if m >= INT_MM_ROWS else PADDED_ROWS
         padded = functional.pad(x, (0, 0, 0, rows - m))
 
         def make() -> Call:
@@ -58,6 +62,25 @@ class Baselines:
                 x_scale = padded.abs().amax(1, keepdim=True).float().clamp_min(1e-6) / 127
                 q = (padded / x_scale).round().to(torch.int8)
                 return (torch._int_mm(q, codes.T)[:m] * (x_scale[:m] * scale)).bfloat16()
+
+            return call
+
+        return make, n * k
+
+    def _codes_mm(self, m: int, n: int, k: int) -> tuple:
+        """Codes by our kernel, _int_mm, one multiplication by the row's scale into bfloat16: three kernels,
+        and the weight's scales left out.
+        """
+        x, where = self._x(m, k), self.device.device
+        least = 0 if m >= INT_MM_ROWS else PADDED_ROWS
+
+        def make() -> Call:
+            codes = torch.randint(-127, 128, (n, k), dtype=torch.int8, device=where)
+            y = torch.empty(m, n, dtype=torch.bfloat16, device=where)
+
+            def call() -> torch.Tensor:
+                q, scale, _ = codes_of(x, least_rows=least, symmetric=True)
+                return torch.mul(torch._int_mm(q, codes.T)[:m], scale[:, None], out=y)
 
             return call
 

@@ -8,8 +8,11 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 from importlib.util import find_spec
 from pathlib import Path
+
+from .children import end, start
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = "libhalfbyte_cuda.so"
@@ -23,7 +26,7 @@ def package(into: Path, library: Path | None, log: Path, seconds: float) -> Path
     """Makes `into`/halfbyte, to be put on PYTHONPATH; returns the GPU library, to be named to it.
 
     An extension that the running Python can import is taken from the tree, and a `library` that is given;
-    what is missing is compiled, with all cores.
+    what is missing is compiled, with all cores, in so many seconds.
     """
     if library and not library.exists():
         raise BuildError(f"there is no {library}")
@@ -62,15 +65,20 @@ def _compile(into: Path, targets: list[str], log: Path, seconds: float) -> Path:
     # nvcc compiles a file for one architecture after the other unless told otherwise.
     env = os.environ | {"NVCC_APPEND_FLAGS": "--threads=4"}
     configure = [_program("cmake"), "-S", str(ROOT), "-B", str(into), "-G", "Ninja", *defines]
+    until = time.monotonic() + seconds
     for command in (configure, [_program("ninja"), "-C", str(into), *targets]):
-        try:
-            done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=seconds)
-        except subprocess.TimeoutExpired:
-            raise BuildError(f"{command[0]} took more than {seconds:.0f} s") from None
         with log.open("a") as output:
-            output.write(done.stdout + done.stderr)
-        if done.returncode:
-            raise BuildError((done.stdout + done.stderr)[-3000:])
+            before = output.tell()
+            child = start(command, env=env, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            child.wait(until - time.monotonic())
+        except subprocess.TimeoutExpired:
+            name = Path(command[0]).name
+            raise BuildError(f"the build took more than {seconds:.0f} s, and {name} was not done") from None
+        finally:
+            end(child)
+        if child.returncode:
+            raise BuildError(log.read_bytes()[before:].decode(errors="replace")[-3000:])
     return into
 
 

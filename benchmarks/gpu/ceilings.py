@@ -9,7 +9,7 @@ import torch
 from halfbyte.bench.gpu_clock import Call, Device, cold
 
 from .operands import packed_tensor, random_tensor
-from .record import PASS, Clock, Record
+from .record import Clock, Record
 
 PHASE = "ceilings"
 COPY_BYTES = 4 << 30
@@ -26,16 +26,14 @@ def measure(device: Device, record: Record, clock: Clock, archs: tuple[int, ...]
     source = torch.randint(-999, 999, (nbytes // 4,), dtype=torch.int32, device=device.device)
     target = torch.empty_like(source)
 
-    def rate(name: str, unit: str, amount: float, seconds: Callable[[], float]) -> None:
-        record.start(PHASE, name)
-        if clock.out() or record.has(PHASE, name):
-            return
-        value = amount / seconds()
-        record.set("ceilings", **{name: value})
-        record.row(PHASE, name, PASS, value=f"{value / 1e12:.3g} T{unit}/s")
+    def rate(name: str, unit: str, amount: float, seconds: Callable[[], float]) -> tuple:
+        def job() -> dict:
+            value = amount / seconds()
+            record.set("ceilings", **{name: value})
+            return {"value": f"{value / 1e12:.3g} T{unit}/s"}
 
-    rate("copy", "B", 2.0 * nbytes, lambda: device.seconds([lambda: target.copy_(source)]))
-    rate("read", "B", 1.0 * nbytes, lambda: device.seconds([lambda: source.view(torch.float32).sum()]))
+        return name, job
+
     rows = 128 if tiny else MATRIX
 
     # An int4 weight's bytes, as many at a time as the kernels read, by a reduction of torch.
@@ -44,7 +42,17 @@ def measure(device: Device, record: Record, clock: Clock, archs: tuple[int, ...]
         return lambda: words.view(torch.float32).sum()
 
     size = packed_tensor(random_tensor("w4a16_g128", rows, rows, device.device)).weight.nbytes
-    rate("read_packed", "B", 1.0 * size, lambda: cold(device, read_packed, size))
-    rate("bf16", "FLOP", 2.0 * side**3, lambda: device.seconds([lambda: bf16[0] @ bf16[1].T] * 3))
-    rate("int8", "OP", 2.0 * side**3, lambda: device.seconds([lambda: torch._int_mm(int8[0], int8[1].T)] * 3))
+    operations = 2.0 * side**3
+
+    def int_mm() -> torch.Tensor:
+        return torch._int_mm(int8[0], int8[1].T)
+
+    jobs = [
+        rate("copy", "B", 2.0 * nbytes, lambda: device.seconds([lambda: target.copy_(source)])),
+        rate("read", "B", 1.0 * nbytes, lambda: device.seconds([lambda: source.view(torch.float32).sum()])),
+        rate("read_packed", "B", 1.0 * size, lambda: cold(device, read_packed, size)),
+        rate("bf16", "FLOP", operations, lambda: device.seconds([lambda: bf16[0] @ bf16[1].T] * 3)),
+        rate("int8", "OP", operations, lambda: device.seconds([int_mm] * 3)),
+    ]
+    record.attempt_all(PHASE, jobs, clock)
 

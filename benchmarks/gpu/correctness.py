@@ -25,7 +25,7 @@ from .operands import (
     runner,
     with_zeros,
 )
-from .record import Clock, Record, Wrong
+from .record import Wrong
 
 PHASE = "correctness"
 REPEATS = 20  # runs that must give the same bits
@@ -88,11 +88,9 @@ def kinds(archs: tuple[int, ...], tiny: bool) -> Iterator[Kind]:
         yield Kind(arch, "w8a8", x, pattern=pattern)
 
 
-def check(device: Device, record: Record, clock: Clock, archs: tuple[int, ...], tiny: bool) -> None:
+def jobs(device: Device, archs: tuple[int, ...], tiny: bool) -> list[tuple]:
     """One row of results per kind, over shapes, numbers of rows and epilogues."""
-    for kind in kinds(archs, tiny):
-        if not clock.out():
-            record.attempt(PHASE, f"linear {kind}", partial(_check_kind, device, kind, tiny))
+    return [(f"linear {kind}", partial(_check_kind, device, kind, tiny)) for kind in kinds(archs, tiny)]
 
 
 def _check_kind(device: Device, kind: Kind, tiny: bool) -> dict:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 # GOAL: passed, and what was hoped for besides. NONE: there is no target.
 PASS, GOAL, FAIL, SKIP, NONE = "PASS", "GOAL", "FAIL", "SKIP", "-"
-PATIENCE = 45.0  # seconds that a row may take before the parent takes it for hung
+PATIENCE = 30.0  # seconds that a row may take before the parent takes it for hung
+DRIVER_CODE = re.compile(r"\(code [1-9]\d*\)")  # halfbyte's CudaError where the driver said no
 
 
 class Wrong(Exception):
@@ -26,7 +28,8 @@ class Record:
 
     def __init__(self, folder: Path) -> None:
         self.path, self.running = folder / "results.json", folder / "running.json"
-        self.data: dict = {"kind": "gpu", "environment": {}, "ceilings": {}, "phases": {}, "rows": []}
+        self.data: dict = {"kind": "gpu", "environment": {}, "ceilings": {}, "phases": {}}
+        self.data |= {"planned": {}, "rows": []}
         self.reload()
 
     def reload(self) -> None:
@@ -41,7 +44,7 @@ class Record:
         os.replace(draft, self.path)
 
     def set(self, part: str, **values: object) -> None:
-        """Facts of the whole run: environment, ceilings, phases."""
+        """Facts of the whole run: environment, ceilings, phases, planned."""
         self.data[part].update(values)
         self.save()
 
@@ -76,8 +79,28 @@ class Record:
         except Exception as error:
             what = str(error) if isinstance(error, Wrong) else f"{type(error).__name__}: {error}"
             self.row(phase, name, FAIL, note=what[:400])
-            if "CUDA error" in what:
+            driver = type(error).__name__ == "CudaError" and DRIVER_CODE.search(what)
+            if driver or "CUDA error" in what:
                 raise  # the context may be broken: another process goes on
+
+    def attempt_all(self, phase: str, jobs: list[tuple], clock: Clock) -> None:
+        """Each of (name, job, and maybe patience) in its turn, until the clock is out."""
+        self.set("planned", **{phase: [name for name, *_ in jobs]})
+        for name, job, *patience in jobs:
+            if not clock.out():
+                self.attempt(phase, name, job, *patience)
+
+    def close(self, phase: str, why: str) -> None:
+        """A row that counts what was planned and has no row: none that ran at all is a failure."""
+        names = {row["name"] for row in self.rows(phase)}
+        planned = self.data["planned"].get(phase, [])
+        missing = [name for name in planned if name not in names]
+        if names and not missing:
+            return
+        name, count = f"{phase}: not run", f"{len(missing)} of {len(planned)} " if planned else ""
+        if name not in names:
+            verdict = SKIP if len(missing) < len(planned) else FAIL
+            self.row(phase, name, verdict, note=f"{count}not run: {why}")
 
 
 class Clock:

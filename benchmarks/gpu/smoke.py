@@ -311,15 +311,14 @@ def _difference(y: np.ndarray, expected: np.ndarray) -> float:
 
 
 MOST_ERROR = 1e-4
-PATIENCE = 20.0
+PATIENCE = 15.0
 
 
 def check(record: Record, clock: Clock, phase: str, arch: int, tiny: bool) -> None:
     """One row of results per case."""
     lib, memory = library.library(), Host() if tiny else Gpu()
-    for name, case in cases((arch,)):
-        if not clock.out():
-            record.attempt(phase, name, partial(_checked, case, lib, memory), PATIENCE)
+    jobs = [(name, partial(_checked, case, lib, memory), PATIENCE) for name, case in cases((arch,))]
+    record.attempt_all(phase, jobs, clock)
 
 
 def _checked(case: Callable, lib: library.Library, memory: Host | Gpu) -> dict:

@@ -16,7 +16,7 @@ from halfbyte.cuda.rows import codes_of
 
 from .baselines import TINYGEMM_ROWS, Baselines
 from .operands import TYPES, Codes, linear_call, packed_tensor, random_tensor, random_weight, runner
-from .record import Clock, Record
+from .record import Clock, Record, Wrong
 from .verdicts import steps, verdict
 
 PHASE = "timing"
@@ -27,24 +27,26 @@ TINY = {"m": 3, "n": 64, "k": 128}
 
 
 def label(target: dict) -> str:
-    """The name of a row: op, scheme, MxNxK."""
+    """The name of a row: op, scheme, MxNxK; of rows only what makes the codes is timed."""
     sizes = "x".join(str(target[size]) for size in ("m", "n", "k") if size in target)
-    return " ".join(part for part in (target["op"], target.get("scheme", ""), sizes) if part)
+    what = "(codes)" if target["op"].endswith(("_quantize", "_rows")) else target.get("scheme", "")
+    return " ".join(part for part in (target["op"], what, sizes) if part)
 
 
 def measure(device: Device, record: Record, clock: Clock, archs: tuple[int, ...], tiny: bool) -> None:
     """The rows in their order, as far as time allows."""
-    baselines, seen = Baselines(device), set()
+    baselines, seen, jobs = Baselines(device), set(), []
     for target in json.loads(TARGETS.read_text()):
-        if tiny:  # each op once
-            if target["op"] in seen:
+        if tiny:  # each op once, and linear of w8a8, which has peers of its own
+            kind = target["op"], target.get("scheme") == "w8a8"
+            if kind in seen:
                 continue
-            seen.add(target["op"])
+            seen.add(kind)
             target = target | {size: value for size, value in TINY.items() if size in target}
-        if clock.out():
-            break
-        record.attempt(PHASE, label(target), partial(_row, device, record, baselines, target))
-    record.attempt(PHASE, STEPS, partial(steps, record.rows(PHASE)))
+        jobs.append((label(target), partial(_row, device, record, baselines, target)))
+    record.attempt_all(PHASE, jobs, clock)
+    if not tiny:
+        record.attempt(PHASE, STEPS, partial(steps, record.rows(PHASE)))
 
 
 def _row(device: Device, record: Record, baselines: Baselines, target: dict) -> dict:
@@ -53,10 +55,13 @@ def _row(device: Device, record: Record, baselines: Baselines, target: dict) -> 
     job = {"linear": _linear, "gated": _gated, "int_mm": _int_mm, "dequantize": _dequantize}.get(op, _rows)
     measured = job(device, baselines, target)
     ceilings = record.data["ceilings"]
-    floors = {"memory": measured["bytes"] / ceilings["copy"]} if "copy" in ceilings else {}
-    if measured.get("operations") and (peak := ceilings.get(measured["unit"])):
-        floors["math"] = measured["operations"] / peak
-    if floors:
+    needed = ["copy", measured["unit"]] if measured.get("operations") else ["copy"]
+    if unknown := [name for name in needed if name not in ceilings]:
+        measured.setdefault("missing", {})["share"] = f"no ceiling {', '.join(unknown)}"
+    else:
+        floors = {"memory": measured["bytes"] / ceilings["copy"]}
+        if measured.get("operations"):
+            floors["math"] = measured["operations"] / ceilings[measured["unit"]]
         bound = max(floors, key=floors.get)
         measured |= {"bound": bound, "share": floors[bound] / measured["seconds"]}
     gpu = record.data["environment"].get("gpu", {}).get("name", "")
@@ -85,12 +90,16 @@ def _linear(device: Device, baselines: Baselines, target: dict) -> dict:
     if "a8" in scheme and m <= KERNEL_ROWS:
         measured["kernel_seconds"] = _kernel(device, scheme, m, n, k, nbytes)
         measured["rows_seconds"] = device.seconds([lambda: codes_of(x)] * 20)
-    others = ["bf16"] + ["int_mm"] * scheme.startswith("w8a8")
+    others = ["bf16"] + ["int_mm", "codes_mm"] * scheme.startswith("w8a8")
     if scheme.startswith("w4"):
         others += ["tinygemm"] * (m <= TINYGEMM_ROWS) + ["dequantize_mm"] * (m <= 256)
+    missing = {}
     for other in others:
-        if theirs := baselines.seconds(other, m, n, k):
+        theirs, missing[other] = baselines.seconds(other, m, n, k)
+        if theirs:
             measured[other] = theirs / seconds
+    if missing := {other: why for other, why in missing.items() if why}:
+        measured["missing"] = missing
     return measured
 
 
@@ -128,14 +137,19 @@ def _gated(device: Device, baselines: Baselines, target: dict) -> dict:
 def _int_mm(device: Device, baselines: Baselines, target: dict) -> dict:
     """torch._int_mm alone, of which many rows of w8a8 consist."""
     m, n, k = _sizes(target)
+    seconds, why = baselines.seconds("int_mm_alone", m, n, k)
+    if not seconds:
+        raise Wrong(f"not measured: {why}")
     return {
-        "seconds": baselines.seconds("int_mm_alone", m, n, k), "bytes": n * k + m * k + 4 * m * n,
+        "seconds": seconds, "bytes": n * k + m * k + 4 * m * n,
         "operations": 2 * m * n * k, "unit": "int8",
     }  # fmt: skip
 
 
 def _rows(device: Device, baselines: Baselines, target: dict) -> dict:
-    """Rows of bfloat16 to codes. Small ones stay in the cache, as in a model."""
+    """Rows of bfloat16 to codes, as linear wants them: without the sum of the codes, which the public
+    function adds. Small ones stay in the cache, as in a model.
+    """
     op, m, k = target["op"], target["m"], target["k"]
     weight = torch.randn(k, device=device.device)
     half = weight.bfloat16()

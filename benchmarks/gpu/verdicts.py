@@ -12,23 +12,31 @@ STEP_SCHEME, STEP_SIZE = "w4a16_g128", 8192
 
 
 def verdict(target: dict, measured: dict, earlier: list[dict], gpu: str) -> dict:
-    """The worst of what the target says, and what was missed."""
-    microseconds = measured["seconds"] * 1e6
-    limits = [(key, measured[key], target[key], 1) for key in AT_LEAST if key in target and key in measured]
+    """The worst of what the target says, and what was missed. What was not measured is missed: `missing` of
+    `measured` may say why.
+    """
+    microseconds, why = measured["seconds"] * 1e6, measured.get("missing", {})
+    limits = [(key, measured.get(key), target[key], 1) for key in AT_LEAST if key in target]
     limits += [("us", microseconds, target["us"], -1)] if "us" in target else []
     if "h200_us" in target and "H200" in gpu:
         limits.append(("us on an H200", microseconds, target["h200_us"], -1))
-    if "times_m1" in target and (one := _of_one_row(target, earlier)):
-        limits.append(("times the time of m = 1", measured["seconds"] / one, [target["times_m1"]], -1))
-    missed, goals = [], []
+    if "times_m1" in target:
+        one = _of_one_row(target, earlier)
+        times = measured["seconds"] / one if one else None
+        limits.append(("times the time of m = 1", times, [target["times_m1"]], -1))
+    missed, goals, unmeasured = [], [], [name for name, value, *_ in limits if value is None]
     for name, value, (accept, *goal), sign in limits:
+        if value is None:
+            missed.append(f"{name}: not measured: {why.get(name, 'no such row')}")
+            continue
         if sign * value < sign * accept:
             missed.append(f"{name}: {value:.3g}, wanted {accept:.3g}")
         goals += [sign * value >= sign * wanted for wanted in goal]
     if not limits:
         return {"verdict": NONE}
     if missed:
-        return {"verdict": FAIL, "note": "; ".join(missed)}
+        more = {"unmeasured": unmeasured} if unmeasured else {}
+        return {"verdict": FAIL, "note": "; ".join(missed), **more}
     return {"verdict": GOAL if goals and all(goals) else PASS}
 
 
@@ -55,6 +63,6 @@ def steps(rows: list[dict]) -> dict:
     found = {f"{a} to {b}": times[b] / times[a] / max(1.0, b / a / 2) for a, b in neighbours}
     over = {step: round(ratio, 2) for step, ratio in found.items() if ratio > MOST_STEP}
     if not found:
-        return {"verdict": NONE}
+        return {"verdict": FAIL, "note": "not measured: no two neighbours were timed"}
     note = f"over {MOST_STEP}: {over}" if over else ""
     return {"verdict": FAIL if over else PASS, "note": note, "steps": found}

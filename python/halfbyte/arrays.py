@@ -139,8 +139,22 @@ class _Torch:
         return x.repeat_interleave(times, 1)
 
     def take(self, table: tuple[int, ...], index: Any) -> Any:
-        values = self.torch.tensor(table, dtype=self.int8, device=index.device)
+        values = self.table(table, index)
         return values.index_select(0, index.reshape(-1).to(self.int32)).reshape(index.shape)
+
+    def table(self, table: tuple[int, ...], like: Any) -> Any:
+        """int8 where `like` is; on a GPU kept, unless a mode that records or fakes sees it."""
+        key = table, like.device
+        if not on_gpu(like) or wraps(like) or self.torch._C._len_torch_dispatch_stack():
+            return self.torch.tensor(table, dtype=self.int8, device=like.device)
+        if key not in _tables:
+            with self.torch.inference_mode(False):
+                _tables[key] = self.torch.tensor(table, dtype=self.int8, device=like.device)
+        return _tables[key]
+
+    def has_table(self, table: tuple[int, ...], like: Any) -> bool:
+        """Whether it is there: to make it, it is copied to the GPU, which capturing a CUDA graph forbids."""
+        return (table, like.device) in _tables
 
     def silu(self, x: Any) -> Any:
         return self.torch.nn.functional.silu(x)
@@ -194,6 +208,7 @@ class Gpu(_Torch):
 
 Kind = _Numpy | _Torch
 
+_tables: dict[tuple[tuple[int, ...], Any], Any] = {}  # the numbers and a GPU -> int8 tensor there
 NUMPY = _Numpy()
 _torch = cache(_Torch)
 _gpu = cache(Gpu)

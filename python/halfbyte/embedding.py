@@ -12,7 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from . import _core
 from .arrays import float_code, kind_of, on_gpu, place_of
 from .dispatch import isa_errors
-from .errors import DTypeError, HalfbyteError, ModelError
+from .errors import DeviceError, DTypeError, HalfbyteError, ModelError
 from .modules import embedding_obstacle
 from .packed_layer import counting, note_scheme, recorded
 from .qlinear import WEIGHT_BUFFERS, other_format
@@ -158,7 +158,8 @@ class QEmbedding(nn.Module):
         if self.scheme.asym and sum(saved[name] is not None for name in _OFFSETS) == 1:
             for name in _OFFSETS:
                 if (saved[name] is None) != (self._buffers[name] is None):
-                    self._buffers[name] = None if saved[name] is None else torch.empty_like(saved[name])
+                    value, device = saved[name], self.device
+                    self._buffers[name] = None if value is None else torch.empty_like(value, device=device)
         for name in ("weight_group_scale", "weight_minimum"):
             buffer, value = self._buffers[name], saved[name]
             if buffer is not None and value is not None and value.dtype in (torch.float16, torch.float32):
@@ -245,10 +246,11 @@ def _embedding(
     zero: Tensor | None = None,
     minimum: Tensor | None = None,
 ) -> Tensor:
+    _check_together(ids, codes)
     kind = place_of(ids, "ids")
     _check_ids(ids)
     out_code = float_code(kind, dtype, "the output")
-    if on_gpu(codes) or on_gpu(ids):
+    if on_gpu(ids):
         kind.check_memory(codes, "weight_codes")
         return _gather(ids, scheme, features, dtype, codes, scale, group_scale, zero, minimum)
     kind_of(codes, "weight_codes")
@@ -285,8 +287,20 @@ def _gather(
 def _embedding_fake(
     ids: Tensor, scheme: str, features: int, dtype: torch.dtype, codes: Tensor, *parts: Any
 ) -> Tensor:
+    _check_together(ids, codes)
     _check_ids(ids)
     return (codes if codes.is_meta else ids).new_empty((*ids.shape, features), dtype=dtype)
+
+
+def _check_together(ids: Tensor, codes: Tensor) -> None:
+    """DeviceError where one is on a GPU and the other is not there."""
+    if ids.device == codes.device or ids.is_meta or codes.is_meta:
+        return
+    if on_gpu(ids) or on_gpu(codes):
+        raise DeviceError(
+            f"ids are on the device {str(ids.device)!r} and the table on {str(codes.device)!r}: move the ids "
+            "there"
+        )
 
 
 def _check_ids(ids: Tensor) -> None:

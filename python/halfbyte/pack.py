@@ -56,6 +56,12 @@ class GpuWeight:
         self.scheme = scheme
         self.device = device
 
+    def __reduce_ex__(self, protocol: int) -> Any:
+        raise TypeError(
+            f"a {type(self).__name__} is a cache of one GPU, which is neither pickled nor copied: do so with "
+            "the QuantizedTensor, the SparseTensor or the layer, and pack that"
+        )
+
     def __repr__(self) -> str:
         (n, k), on = self.shape, f"device={str(self.device)!r}"
         made = f"kernel={self.kernel}, nbytes={self.nbytes}"

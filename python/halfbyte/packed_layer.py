@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any, ClassVar, NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -42,9 +43,11 @@ _get_num_threads = torch.get_num_threads
 
 
 class _Prepared(NamedTuple):
-    """What calls need of a layer, and the buffers that it was made of, as `_states` has them."""
+    """What calls need of a layer, and the buffers that it was made of, as `_watched` has them: kept alive by
+    nothing here, and not taken for others that come to lie where they lay.
+    """
 
-    states: list
+    buffers: list[tuple[ref, tuple[int, int]] | None]
     packed: PackedWeight | GpuWeight
     static: tuple[float, int] | None
 
@@ -163,7 +166,7 @@ class PackedLayer(nn.Module):
             if recorded(x):
                 return self._traced(x)
             _, packed, static = self._ready()
-            return run_linear(x, packed, self.bias, self.activation, None, None, static)
+            return run_linear(self._cast(x), packed, self.bias, self.activation, None, None, static)
         except (HalfbyteError, ValueError) as error:
             error.args = (f"{self.name}: {error}",)
             raise
@@ -175,7 +178,16 @@ class PackedLayer(nn.Module):
                 f"x has the shape {tuple(x.shape)}; its last dimension must be {self.in_features}, the input "
                 "features of the weight"
             )
-        return self._operator(x)
+        return self._operator(self._cast(x))
+
+    def _cast(self, x: Tensor) -> Tensor:
+        """x as torch.autocast has it for nn.Linear: on a GPU, where x is not quantized."""
+        scheme = self.scheme
+        quantizes = scheme.per_token or (isinstance(scheme, Scheme) and scheme.activation_group)
+        if not on_gpu(x) or quantizes or x.dtype not in _DTYPES:
+            return x
+        kind = x.device.type
+        return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
     def _weight(self) -> tuple[Tensor | None, ...]:
         """The parts of `packable`, in their order."""
@@ -189,7 +201,7 @@ class PackedLayer(nn.Module):
     def _ready(self) -> _Prepared:
         """Pack, and note what the short way of `forward` (LinearPlan) compares and passes on."""
         count_changes(self)
-        if (prepared := self._prepared) is not None and prepared.states == self._states():
+        if (prepared := self._prepared) is not None and self._is_of(prepared):
             return prepared
         with pack_lock():  # or the codes could be freed, or be there again, in between
             if known_pack(*weight_of(self)) is None:
@@ -203,13 +215,13 @@ class PackedLayer(nn.Module):
             kind = place_of(buffers[self.main_buffer], self.main_buffer)
             check_vector(kind, self.bias, self.out_features, "bias", self.main_buffer)
             buffers["bias"] = self.bias.float().contiguous()
-        states = self._states()
+        made_of = self._watched()
         by_value = (*self.weight_buffers, *INPUT_BUFFERS)  # go into the plan; the bias is read in place
         watched = [
             (buffers, name, t, t._version if name in by_value and t is not None else -1)
             for name, t in buffers.items()
         ]
-        prepared = _Prepared(states, packed_weight(*weight_of(self)), static)
+        prepared = _Prepared(made_of, packed_weight(*weight_of(self)), static)
         self._plan = None if isinstance(prepared.packed, GpuWeight) else self._plan_of(prepared, watched)
         self._prepared = prepared
         return prepared
@@ -242,9 +254,16 @@ class PackedLayer(nn.Module):
         shape, group_scale = (self.out_features, self.in_features), buffers.get("weight_group_scale")
         return roads(self.scheme, shape, main.device, self.float_dtype, group_scale)
 
-    def _states(self) -> list[tuple | None]:
-        """Changes with each buffer that is replaced, changed in place, or given other memory."""
-        return [None if t is None else (id(t), *state(t)) for t in held(self).values()]
+    def _watched(self) -> list[tuple[ref, tuple[int, int]] | None]:
+        return [None if t is None else (ref(t), state(t)) for t in held(self).values()]
+
+    def _is_of(self, prepared: _Prepared) -> bool:
+        """Whether no buffer was replaced, changed in place, or given other memory since."""
+        buffers = held(self).values()
+        return len(buffers) == len(prepared.buffers) and all(
+            t is None if seen is None else t is not None and seen[0]() is t and seen[1] == state(t)
+            for seen, t in zip(prepared.buffers, buffers, strict=True)
+        )
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedLayer:
         kept = {name: b for name, b in self._buffers.items() if b is not None and b.is_floating_point()}
@@ -285,7 +304,8 @@ class PackedLayer(nn.Module):
     def _follow_presence(self, saved: dict[str, Tensor | None], names: tuple[str, ...]) -> None:
         for name in names:
             if (saved[name] is None) != (self._buffers[name] is None):
-                self._buffers[name] = None if saved[name] is None else torch.empty_like(saved[name])
+                value, device = saved[name], self.device
+                self._buffers[name] = None if value is None else torch.empty_like(value, device=device)
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_buffers": self._buffers, "_plan": None, "_prepared": None}

@@ -138,7 +138,7 @@ def _linear(
     return run_linear(x, packed, bias, activation, residual, None, static_of(input_scale, input_zero))
 
 
-# input_scale -> (its state and that of input_zero, the pair). Reading them from a GPU waits for it, which
+# input_scale -> (input_zero, the states of both, the pair). Reading them from a GPU waits for it, which
 # capturing a CUDA graph forbids.
 _statics: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
@@ -149,14 +149,15 @@ def static_of(input_scale: Tensor | None, input_zero: Tensor | None) -> tuple[fl
         return None
     if not on_gpu(input_scale) or input_scale.is_inference() or input_zero.is_inference():
         return input_scale.item(), input_zero.item()
-    states = state(input_scale), id(input_zero), state(input_zero)
+    states = state(input_scale), state(input_zero)
     entry = _statics.get(input_scale)
-    if entry is None or entry[0] != states:
+    if entry is None or entry[0] is not input_zero or entry[1] != states:
         from .cuda.pack import check_not_captured
 
         check_not_captured(input_scale)
-        entry = _statics[input_scale] = states, (input_scale.item(), input_zero.item())
-    return entry[1]
+        pair = input_scale.item(), input_zero.item()
+        entry = _statics[input_scale] = input_zero, states, pair
+    return entry[2]
 
 
 def _linear_fake(x: Tensor, scheme: str, codes: Tensor, *others) -> Tensor:

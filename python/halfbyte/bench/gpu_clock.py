@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import statistics
 import time
@@ -43,8 +44,13 @@ class Gpu:
             gc.disable()  # torch.cuda.graph collects garbage and empties the cache: 0.1 s for each graph
             try:
                 graph.capture_begin()
-                for call in calls:
-                    call()
+                try:
+                    for call in calls:
+                        call()
+                except BaseException:
+                    with contextlib.suppress(RuntimeError):  # says only that the capture is not whole
+                        graph.capture_end()
+                    raise
                 graph.capture_end()
             finally:
                 gc.enable()
@@ -72,7 +78,11 @@ class Gpu:
 
     def copies(self, nbytes: int) -> int:
         """How many buffers of a size calls rotate over, so that none is in the cache when its turn comes."""
-        return max(1, -(-COLD_BYTES // max(nbytes, 1)))
+        return max(2, -(-COLD_BYTES // max(nbytes, 1)))
+
+    def aside(self) -> contextlib.AbstractContextManager:
+        """Within the block a new stream is the thread's current one."""
+        return torch.cuda.stream(torch.cuda.Stream())
 
     def concurrently(self, groups: Sequence[Sequence[Call]]) -> None:
         """Each group of calls on a stream of its own, all at once."""
@@ -113,6 +123,9 @@ class Emulated:
 
     def copies(self, nbytes: int) -> int:
         return 1
+
+    def aside(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
 
     def concurrently(self, groups: Sequence[Sequence[Call]]) -> None:
         for group in groups:

@@ -109,7 +109,7 @@ def _cuda(torch: dict | None) -> dict:
         {
             "device": index,
             "name": names[index] if index < len(names) else "",
-            "arch": found.arch(index),
+            "arch": arch if (arch := found.arch(index)) > 0 else None,  # below 0: an error; why tells which
             "why": library.obstacle(index) or _no_torch(torch, index),
         }
         for index in range(count)
@@ -178,7 +178,8 @@ def _cuda_lines(cuda: dict) -> list[str]:
     if not cuda["devices"]:
         return [*lines, f"         no kernel runs: {cuda['why']}"]
     return lines + [
-        f"GPU {d['device']}    {d['name'] or 'unnamed'}, sm_{d['arch']}: "
+        f"GPU {d['device']}    {d['name'] or 'unnamed'}"
+        + (f", sm_{d['arch']}: " if d["arch"] else ": ")
         + (f"torch computes: {d['why']}" if d["why"] else "kernels run")
         for d in cuda["devices"]
     ]

@@ -17,6 +17,7 @@ from ..errors import CudaError
 ABI = 1  # of api.h as the structures below have it
 VARIABLE = "HALFBYTE_CUDA_LIBRARY"  # names the library where it does not lie in the package
 NAME = "libhalfbyte_cuda.so"
+_OWN = -10000  # where halfbyte_cuda_status begins
 OLDEST_ARCH = 80  # compute capability 8.0: the first with cp.async, and mma of bfloat16
 
 
@@ -119,7 +120,10 @@ class Library:
             raise CudaError(f"{what}: {self.explain(code)}")
 
     def explain(self, code: int) -> str:
-        """What an error code of the library means."""
+        """What an error code means: a cudaError_t, one negated, as where the result is else a number, or one
+        of the library's own, which lie below those.
+        """
+        code = -code if _OWN < code < 0 else code
         return (self.error(code) or b"unknown").decode(errors="replace") + f" (code {code})"
 
 
@@ -197,7 +201,7 @@ def obstacle(index: int) -> str:
     if found is None:
         return missing()
     if (count := found.devices()) <= 0:
-        return f"the library sees no GPU: {found.explain(-count)}" if count else "the library sees no GPU"
+        return f"the library sees no GPU: {found.explain(count)}" if count else "the library sees no GPU"
     arch = found.arch(max(index, 0))
     if arch < 0:
         return f"the library does not see the GPU {index}: {found.explain(arch)}"

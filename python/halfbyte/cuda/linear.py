@@ -16,7 +16,7 @@ from ..pack import GpuWeight
 from ..scheme import Scheme
 from . import library
 from .library import Dequantize, Finish, Format, Linear
-from .pack import CudaPackedWeight, format_of
+from .pack import CODES_K, FLOATS_K, CudaPackedWeight, format_for, kernel_name
 from .rows import TYPES, codes_of, on, stream_of
 
 # The roads, by the names that `summary` gives them.
@@ -27,9 +27,11 @@ TORCH = "torch"
 
 # Up to so many rows, by the bits of activations, our own kernel runs: reading the weights is what takes the
 # time. Estimates, to be replaced by measurements.
-KERNEL_ROWS = {16: 192, 8: 128}
+KERNEL_ROWS = {16: 128, 8: 128}
 INT_MM_ROWS = 17  # the least that torch._int_mm takes
-CODES_K, FLOATS_K = 16, 8  # what the kernel's k is a multiple of: 16 bytes of x
+# Our own kernel takes so many at once, where many come to a weight of few blocks: its partial sums take up to
+# 32 bytes for each row and channel, 1 GiB at 8192 channels.
+ROWS_AT_ONCE = 4096
 
 _IN_TORCH = {
     "none": lambda y: y,
@@ -70,8 +72,8 @@ def roads(
     """What runs for x of a dtype, as `summary` says it: (the kernels, why torch where it is torch). Nothing
     is packed for it.
     """
-    form, why = format_of(scheme, shape[1], group_scale)
-    if why := why or library.obstacle(device.index or 0):
+    form, why = format_for(scheme, shape, device, group_scale)
+    if why:
         return TORCH, why
     return _roads(form, scheme.activation_bits, shape, device, dtype)
 
@@ -98,18 +100,6 @@ def _roads(
         return TORCH, f"x is {str(dtype).removeprefix('torch.')}; the kernels take float16 and bfloat16"
     name = kernel_name(form, activation_bits, shape, device)
     return name if many == KERNEL else f"{name}; above {limit} rows {many}", ""
-
-
-def kernel_name(
-    form: Format, activation_bits: int, shape: tuple[int, int], device: torch.device, m: int = 1
-) -> str:
-    """The library's name of its kernel for m rows."""
-    (n, k), codes = shape, activation_bits == 8
-    k = -(-k // CODES_K) * CODES_K
-    call = Linear(m=m, n=n, k=k, x_type=TYPES[torch.int8 if codes else torch.float16], format=form)
-    with on(device):
-        name = library.library().linear_kernel(byref(call))
-    return TORCH if name is None else name.decode()
 
 
 class Input:
@@ -237,14 +227,33 @@ def _run_kernel(
         )
     call = Linear(
         x=rows.data_ptr(), weight=weight.weight.data_ptr(), scale=weight.scale.data_ptr(), y=y.data_ptr(),
-        ldx=ldx, ldy=n, m=m, n=n, k=k, x_type=TYPES[rows.dtype], y_type=TYPES[out_dtype],
+        ldx=ldx, ldy=n, n=n, k=k, x_type=TYPES[rows.dtype], y_type=TYPES[out_dtype],
         activation=ACTIVATIONS[activation], format=weight.format, **parts,
     )  # fmt: skip
-    if (size := found.linear_workspace(byref(call))) > 0:
-        workspace = torch.empty(size, dtype=torch.uint8, device=device)
-        call.workspace, call.workspace_bytes = workspace.data_ptr(), size
-    found.check(found.linear_run(byref(call), stream_of(device)), "linear")
+    for left in range(m, 0, -ROWS_AT_ONCE):
+        call.m = min(left, ROWS_AT_ONCE)
+        if (size := found.linear_workspace(byref(call))) > 0:  # below 0: an error, which the run returns too
+            workspace = torch.empty(size, dtype=torch.uint8, device=device)
+            call.workspace, call.workspace_bytes = workspace.data_ptr(), size
+        found.check(found.linear_run(byref(call), stream_of(device)), "linear")
+        if left > ROWS_AT_ONCE:
+            _to_next_rows(call, rows.itemsize, y.itemsize, 0 if residual is None else residual.itemsize)
     return y
+
+
+def _to_next_rows(call: Linear, x_bytes: int, y_bytes: int, residual_bytes: int) -> None:
+    """Have a call that is done start after its rows. What comes before it on the stream is then a call of its
+    kind.
+    """
+    call.x += call.m * call.ldx * x_bytes
+    call.y += call.m * call.ldy * y_bytes
+    if call.x_scale:
+        call.x_scale += 4 * call.m
+        call.x_zero += 4 * call.m
+    if call.residual:
+        call.residual += call.m * call.ld_residual * residual_bytes
+    call.after_rows = 0
+    call.workspace, call.workspace_bytes = None, 0
 
 
 def _run_int_mm(
@@ -318,7 +327,9 @@ def _add(y: Tensor, residual: Tensor | None, out_dtype: torch.dtype) -> Tensor:
 
 
 def _side_by_side(rows: Tensor) -> Tensor:
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+    """Rows that a kernel reads: without gaps in them, and none over another."""
+    (m, n), (outer, inner) = rows.shape, rows.stride()
+    return rows if (inner == 1 or n == 1) and (m == 1 or outer >= n) else rows.contiguous()
 
 
 def _stride(rows: Tensor) -> int:

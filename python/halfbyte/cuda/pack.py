@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from ctypes import byref
 
 import torch
 from torch import Tensor
@@ -13,14 +14,16 @@ from ..arrays import place_of
 from ..errors import CudaError
 from ..pack import GpuWeight
 from ..quantize import K_MAX
-from ..quantized_tensor import PARTS, QuantizedTensor, unscaled
+from ..quantized_tensor import NF4_CODES, PARTS, QuantizedTensor, unscaled
 from ..scheme import Scheme
 from ..sparse.scheme import SparseScheme
 from ..sparse.tensor import SparseTensor
 from . import library
-from .library import Format
+from .library import Format, Linear
+from .rows import TYPES, on
 
 TILE_N, TILE_K = 64, 128
+CODES_K, FLOATS_K = 16, 8  # what the kernel's k is a multiple of: 16 bytes of x
 _WHOLE = 128  # the group of a weight that has zero points but no groups: of the scale 1
 _MAKE_AT_ONCE = 1 << 24  # elements of a weight that is dequantized: of float32, 64 MiB
 W8A8 = Scheme(8, 8)
@@ -57,8 +60,6 @@ class CudaPackedWeight(GpuWeight):
 
     @property
     def kernel(self) -> str:
-        from .linear import kernel_name
-
         return kernel_name(self.format, self.activation_bits, self.shape, self.device)
 
     def rows(self) -> Tensor:
@@ -76,6 +77,7 @@ class CudaPackedWeight(GpuWeight):
         with torch.inference_mode(False), torch.no_grad(), _disable_current_modes():
             c = self.matrix(self._split()[0])[:n, :k]
             codes.copy_(c if self.format.bits == 8 else _to_nibbles(c))
+        finish(self.device)
         self._remember(codes)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
@@ -171,25 +173,73 @@ def pack(weight: QuantizedTensor | SparseTensor) -> GpuWeight:
     for what in PARTS[1:]:
         if (part := getattr(weight, what)) is not None:
             kind.check_memory(part, what)
-    form, why = format_of(weight.scheme, weight.shape[1], weight.group_scale)
-    if why := why or library.obstacle(weight.codes.device.index or 0):
+    form, why = format_for(weight.scheme, weight.shape, weight.codes.device, weight.group_scale)
+    if why:
+        if weight.scheme.nf4 and not kind.has_table(NF4_CODES, weight.codes):
+            check_not_captured(weight.codes)
+            kind.table(NF4_CODES, weight.codes)
         return TorchWeight(weight, weight.scheme, why)
     check_not_captured(weight.codes)
     with torch.no_grad():
-        return CudaPackedWeight(weight, form)
+        packed = CudaPackedWeight(weight, form)
+    finish(packed.device)
+    return packed
 
 
-def check_not_captured(tensor: Tensor) -> None:
+_NEW = (
+    "a weight or a scale is new or has changed, and what calls need of it would be made here: call the model "
+    "once"
+)
+
+
+def check_not_captured(tensor: Tensor, what: str = _NEW) -> None:
     """CudaError where a CUDA graph is being captured: what is packed then would be a part of it."""
     if _capturing(tensor):
-        raise CudaError(
-            "a weight or a scale is new or has changed, and what calls need of it would be made here: call "
-            "the model once before a CUDA graph is captured"
-        )
+        raise CudaError(f"{what} before a CUDA graph is captured")
 
 
 def _capturing(tensor: Tensor) -> bool:
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+    if not tensor.is_cuda:
+        return False
+    with on(tensor.device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+def finish(device: torch.device) -> None:
+    """Wait for what was packed, which calls on other streams read too; nothing captures a graph."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
+def format_for(
+    scheme: Scheme, shape: tuple[int, int], device: torch.device, group_scale: Tensor | None
+) -> tuple[Format | None, str]:
+    """How the kernels of a GPU read such a weight; or why torch computes with it there, which is so of every
+    call then.
+    """
+    form, why = format_of(scheme, shape[1], group_scale)
+    if not shape[0]:
+        why = "the weight has no output channels"
+    why = why or library.obstacle(device.index or 0)
+    return form, why or no_kernel(form, scheme.activation_bits, shape, device)
+
+
+def no_kernel(form: Format, activation_bits: int, shape: tuple[int, int], device: torch.device) -> str:
+    """Why the library has no kernel for a weight; empty where it has. Whether it has does not depend on the
+    number of rows.
+    """
+    if kernel_name(form, activation_bits, shape, device):
+        return ""
+    return f"no kernel of the library takes a weight of {shape[0]} x {shape[1]} on this GPU"
+
+
+def kernel_name(form: Format, activation_bits: int, shape: tuple[int, int], device: torch.device) -> str:
+    """The library's name of its kernel for one row; empty where it has none."""
+    (n, k), codes = shape, activation_bits == 8
+    k = -(-k // CODES_K) * CODES_K
+    call = Linear(m=1, n=n, k=k, x_type=TYPES[torch.int8 if codes else torch.float16], format=form)
+    with on(device):
+        return (library.library().linear_kernel(byref(call)) or b"").decode()
 
 
 def format_of(scheme: Scheme, k: int, group_scale: Tensor | None) -> tuple[Format | None, str]:

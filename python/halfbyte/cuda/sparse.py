@@ -10,9 +10,16 @@ from ..pack import GpuWeight
 from ..quantized_tensor import QuantizedTensor
 from ..sparse.scheme import SparseScheme
 from ..sparse.tensor import SparseTensor
-from . import library
 from .library import Format
-from .pack import W8A8, CudaPackedWeight, TorchWeight, check_not_captured
+from .pack import (
+    W8A8,
+    CudaPackedWeight,
+    TorchWeight,
+    check_not_captured,
+    finish,
+    format_for,
+    no_kernel,
+)
 from .zeros import BLOCK, blocks, from_blocks, from_pairs, has_pairs, pairs
 
 TWO_OF_FOUR, BLOCKS = 1, 2  # halfbyte_cuda_pattern
@@ -20,6 +27,10 @@ MOST_BLOCKS = 0.6  # of a weight, for the others to be left out: what two of fou
 # Up to here the kernel of blocks, whose time falls with them, is taken for many rows too: dense int8 products
 # of many rows run about twice as fast as its own. An estimate
 FEW_BLOCKS = 0.4
+_NO_ROWS = (
+    "many rows are multiplied by a dense copy of the sparse codes, which would be made here: call the model "
+    "once with as many rows as will be captured"
+)
 FLOATS = "no kernel for sparse floats"
 
 
@@ -31,7 +42,7 @@ class CudaSparseWeight(CudaPackedWeight):
     def __init__(self, codes: Tensor, scale: Tensor, scheme: SparseScheme, pattern: int):
         """codes: int8 [n, k]."""
         GpuWeight.__init__(self, tuple(codes.shape), scheme, codes.device)
-        self.format, self.activation_bits = Format(8, 0, 4, 0, pattern), 8
+        self.format, self.activation_bits = pattern_format(pattern), 8
         self.scale = scale.detach().clone(memory_format=torch.contiguous_format)
         self.total = codes.sum(1, dtype=torch.int32)
         self.starts = self.columns = self._dense = None
@@ -51,13 +62,14 @@ class CudaSparseWeight(CudaPackedWeight):
     def rows(self) -> Tensor:
         """int8 codes with their zeros for torch._int_mm, n and k padded as it wants them; once made, kept."""
         if self._dense is None:
-            check_not_captured(self.weight)
+            check_not_captured(self.weight, _NO_ROWS)
             n, k = self.shape
             shape = n + -n % 8, k + -k % 16
             if self.starts is None:
                 self._dense = from_pairs(self.weight, shape)
             else:
                 self._dense = from_blocks(self.weight, self.starts, self.columns, shape)
+            finish(self.device)
         return self._dense
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
@@ -71,21 +83,38 @@ def pack(weight: SparseTensor) -> GpuWeight:
     for what, part in weight.parts().items():
         kind.check_memory(part, what)
     check_not_captured(weight.values)
-    if weight.scheme.values != "w8a8":
-        return TorchWeight(weight.to_dense().to(weight.values.dtype), weight.scheme, FLOATS)
+    with torch.no_grad():
+        packed = _pack(weight)
+    finish(packed.device)
+    return packed
+
+
+def _pack(weight: SparseTensor) -> GpuWeight:
+    scheme, shape, device = weight.scheme, weight.shape, weight.values.device
+    if scheme.values != "w8a8":
+        return TorchWeight(weight.to_dense().to(weight.values.dtype), scheme, FLOATS)
     q = QuantizedTensor(weight.codes(), weight.scale, W8A8)
-    if why := library.obstacle(q.codes.device.index or 0):
-        packed = TorchWeight(q, weight.scheme, why)
+    form, why = format_for(W8A8, shape, device, None)
+    if why:
+        packed = TorchWeight(q, scheme, why)
         packed.shares_codes = False  # these are its own
         return packed
-    with torch.no_grad():
-        if share_of_blocks(q.codes) <= MOST_BLOCKS:
-            return CudaSparseWeight(q.codes, q.scale, weight.scheme, BLOCKS)
-        if has_pairs(q.codes):
-            return CudaSparseWeight(q.codes, q.scale, weight.scheme, TWO_OF_FOUR)
-        packed = CudaPackedWeight(q, Format(8, 0, 2, 0))
-        packed.scheme = weight.scheme
-        return packed
+
+    def runs(pattern: int) -> bool:
+        return not no_kernel(pattern_format(pattern), 8, shape, device)
+
+    if share_of_blocks(q.codes) <= MOST_BLOCKS and runs(BLOCKS):
+        return CudaSparseWeight(q.codes, q.scale, scheme, BLOCKS)
+    if has_pairs(q.codes) and runs(TWO_OF_FOUR):
+        return CudaSparseWeight(q.codes, q.scale, scheme, TWO_OF_FOUR)
+    packed = CudaPackedWeight(q, form)
+    packed.scheme = scheme
+    return packed
+
+
+def pattern_format(pattern: int) -> Format:
+    """How the kernels read codes without the zeros of a pattern."""
+    return Format(8, 0, 4, 0, pattern)
 
 
 def share_of_blocks(codes: Tensor) -> float:
