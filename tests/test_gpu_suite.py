@@ -12,9 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 
+import halfbyte
 from building import ROOT
 
 SUITE = ROOT / "benchmarks" / "gpu_suite.py"
+PACKAGE = str(Path(halfbyte.__file__).parent.parent)  # where this Python has it
 CHECKS = {"smoke sm80", "smoke sm90", "ceilings", "correctness", "integration"}
 
 
@@ -343,12 +345,12 @@ def options_of(tmp_path: Path, library: Path) -> SimpleNamespace:
 def test_the_children_get_the_package(parts, emulated_library, tmp_path, monkeypatch):
     """The package that a run makes is what its phases import, with the library that it names."""
     monkeypatch.setattr(parts.build, "package", lambda into, library, log, seconds: library)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT / "python"))
+    monkeypatch.setenv("PYTHONPATH", PACKAGE)
     options = options_of(tmp_path, emulated_library)
     options.out.mkdir()
     record = parts.record.Record(options.out)
     env, arch = parts.suite._prepare(options, record, tmp_path / "scratch", options.out / "log.txt")
-    assert env["PYTHONPATH"].split(os.pathsep) == [str(tmp_path / "scratch"), str(ROOT / "python")]
+    assert env["PYTHONPATH"].split(os.pathsep) == [str(tmp_path / "scratch"), PACKAGE]
     assert env["HALFBYTE_CUDA_LIBRARY"] == str(emulated_library) and arch >= 80
     assert record.data["environment"]["library_bytes"] > 0
 
@@ -357,7 +359,7 @@ def test_a_library_that_sees_no_gpu_is_said_in_the_table(parts, tmp_path, monkey
     library = tmp_path / "libhalfbyte_cuda.so"
     library.write_text("this is no library")
     monkeypatch.setattr(parts.build, "package", lambda into, library, log, seconds: library)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT / "python"))
+    monkeypatch.setenv("PYTHONPATH", PACKAGE)
     assert parts.suite._parent(options_of(tmp_path, library)) == 2
     text = (tmp_path / "out" / "table.txt").read_text()
     assert "nothing ran" in text and "does not load" in text
