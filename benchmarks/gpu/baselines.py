@@ -9,12 +9,12 @@ from torch.nn import functional
 
 from halfbyte.bench.gpu_clock import Call, Device, cold
 from halfbyte.cuda.library import Dequantize
+from halfbyte.cuda.linear import INT_MM_ROWS
 from halfbyte.cuda.rows import codes_of
 from halfbyte.errors import CudaError
 
 from .operands import TYPES, packed_tensor, random_tensor, runner
 
-INT_MM_ROWS = 17  # the least that torch._int_mm takes
 PADDED_ROWS = 32  # what fewer rows become in front of it
 TINYGEMM_ROWS = 64  # more take it much longer than anything else
 TINYGEMM_GROUP, TINYGEMM_K_TILES = 128, 8

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 import halfbyte as hb
 
+from ..cuda.linear import INT_MM_ROWS
 from ..errors import CudaError, HalfbyteError
 from ..scheme import Scheme
 from .engine import median_of_ratios, progress
@@ -24,7 +25,6 @@ from .machine import describe
 
 OURS = "halfbyte"
 DTYPE = torch.bfloat16  # of x
-INT_MM_ROWS = 17  # the least that torch._int_mm takes
 _TINYGEMM_GROUP, _TINYGEMM_K_TILES = 128, 8
 _COPY_BYTES = 1 << 30
 # As for the CPU: a layer whose output is further from the float64 product computes something else.
