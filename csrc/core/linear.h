@@ -13,7 +13,7 @@ enum class Layout {
   dense,
   blocks,   // those of 16 channels x quad k (8 bits) or 16 x 1 (floats) that are not all zero
   windows,  // per 64 k the nonzero values of 16 channels, four of each to a line of 64
-  masks,    // per channel and 64 k a mask of 64 bits, and the nonzero values
+  masks,    // per channel and 64 k a mask of 64 bits, and the nonzero values; where most is zero, lists too
 };
 
 struct LinearOp {

@@ -1,8 +1,10 @@
 // Packing of weights with zeros into the panels of core/sparse_panel.h.
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 #include <string_view>
 #include <vector>
 
@@ -26,7 +28,7 @@ class Bytes {
   template <class T>
   int64_t append(const std::vector<T>& values) { return append(values.data(), values.size() * sizeof(T)); }
   template <class T>
-  void set_header(const T& header) { std::memcpy(bytes_.data(), &header, sizeof header); }
+  void replace(int64_t at, const T& value) { std::memcpy(bytes_.data() + at, &value, sizeof value); }
   const uint8_t* data() const { return bytes_.data(); }
   int64_t size() const { return round_up(static_cast<int64_t>(bytes_.size()), 64); }
   int64_t used() const { return static_cast<int64_t>(bytes_.size()); }
@@ -77,7 +79,7 @@ int64_t pack_blocks(const Get& value, int64_t first, int64_t k, Bytes& out, T (*
     panel.index[half] = out.append(index);
     panel.lines[half] = out.append(lines);
   }
-  out.set_header(panel);
+  out.replace(0, panel);
   return stored;
 }
 
@@ -139,38 +141,99 @@ int64_t pack_windows(const Values<int8_t>& value, int64_t first, int64_t k_padde
     panel.lines[half] = out.append(lines);
     stored += static_cast<int64_t>(lines.size());
   }
-  out.set_header(panel);
+  out.replace(0, panel);
   return stored;
 }
 
-int64_t pack_masks(const Values<float>& value, int64_t first, int64_t k_padded, Bytes& out) {
-  MaskPanel panel{};
-  panel.blocks = k_padded / window;
-  out.append(&panel, sizeof panel);
-  std::vector<uint64_t> masks;
-  std::vector<uint8_t> order;
-  std::vector<float> values;
-  for (int64_t i = 0; i < k_padded; i += window) {
-    uint64_t mask[panel_width] = {};
-    uint8_t channels[panel_width];
-    for (int c = 0; c < panel_width; ++c) {
-      channels[c] = static_cast<uint8_t>(c);
-      for (int l = 0; l < window; ++l) mask[c] |= uint64_t{value(first + c, i + l) != 0} << l;
-    }
-    std::stable_sort(channels, channels + panel_width,
-                     [&](int a, int b) { return std::popcount(mask[a]) < std::popcount(mask[b]); });
-    for (const int c : channels) {
-      masks.push_back(mask[c]);
-      order.push_back(static_cast<uint8_t>(c));
-      for (uint64_t left = mask[c]; left; left &= left - 1) values.push_back(value(first + c, i + std::countr_zero(left)));
+using Masks = std::vector<uint64_t>;  // of a panel, [k / 64][32]
+
+Masks masks_of(const Values<float>& value, int64_t first, int64_t k_padded) {
+  Masks masks(static_cast<size_t>(k_padded / window * panel_width));
+  for (int c = 0; c < panel_width; ++c) {
+    for (int64_t i = 0; i < k_padded; ++i) {
+      masks[static_cast<size_t>(i / window * panel_width + c)] |= uint64_t{value(first + c, i) != 0} << i % window;
     }
   }
-  const auto stored = static_cast<int64_t>(values.size());
+  return masks;
+}
+
+// Fills in all but lists.
+void pack_masks(const Values<float>& value, int64_t first, const Masks& of_k, MaskPanel& panel, Bytes& out) {
+  Masks masks;
+  std::vector<uint8_t> order;
+  std::vector<float> values;
+  for (size_t i = 0; i < of_k.size(); i += panel_width) {
+    const uint64_t* const here = of_k.data() + i;
+    uint8_t channels[panel_width];
+    std::iota(channels, channels + panel_width, uint8_t{0});
+    std::stable_sort(channels, channels + panel_width,
+                     [&](int a, int b) { return std::popcount(here[a]) < std::popcount(here[b]); });
+    for (const uint8_t c : channels) {
+      masks.push_back(here[c]);
+      order.push_back(c);
+      const auto k = static_cast<int64_t>(i) / panel_width * window;
+      for (uint64_t left = here[c]; left; left &= left - 1) values.push_back(value(first + c, k + std::countr_zero(left)));
+    }
+  }
   values.resize(values.size() + half_panel);  // kernels load whole vectors
   panel.masks = out.append(masks);
   panel.order = out.append(order);
   panel.values = out.append(values);
-  out.set_header(panel);
+}
+
+int64_t pack_lists(const Values<float>& value, int64_t first, const Masks& of_k, Bytes& out) {
+  ListPanel panel{};
+  const int64_t at = out.append(&panel, sizeof panel);
+  for (int half = 0; half < 2; ++half) {
+    std::vector<uint8_t> lines, index;
+    std::vector<uint16_t> places, masks;
+    std::vector<float> values;
+    for (size_t i = 0; i < of_k.size(); i += panel_width) {
+      std::array<uint64_t, half_panel> left;
+      std::copy_n(of_k.data() + i + half * half_panel, half_panel, left.begin());
+      int most = 0;
+      for (const uint64_t mask : left) most = std::max(most, std::popcount(mask));
+      lines.push_back(static_cast<uint8_t>(most));
+      places.insert(places.end(), static_cast<size_t>(most + 1) / 2, static_cast<uint16_t>(i / panel_width));
+      for (int line = 0; line < (most + 1) / 2 * 2; ++line) {
+        uint16_t mask = 0;
+        for (size_t c = 0; c < half_panel; left[c] &= left[c] - 1, ++c) {
+          const int k = std::countr_zero(left[c]);
+          index.push_back(static_cast<uint8_t>(k % window));
+          if (!left[c]) continue;
+          mask = static_cast<uint16_t>(mask | 1 << c);
+          values.push_back(value(first + half * half_panel + static_cast<int>(c), places.back() * window + k));
+        }
+        masks.push_back(mask);
+      }
+    }
+    values.resize(values.size() + half_panel);
+    panel.pairs[half] = static_cast<int64_t>(places.size());
+    panel.lines[half] = out.append(lines);
+    panel.places[half] = out.append(places);
+    panel.masks[half] = out.append(masks);
+    panel.index[half] = out.append(index);
+    panel.values[half] = out.append(values);
+  }
+  out.replace(at, panel);
+  return at;
+}
+
+// Lists cost as many bytes again; with more values than these, few rows gain little by them.
+constexpr double most_listed = 0.35;
+
+int64_t pack_floats(const Values<float>& value, int64_t first, int64_t k_padded, Bytes& out) {
+  MaskPanel panel{};
+  out.append(&panel, sizeof panel);
+  const Masks masks = masks_of(value, first, k_padded);
+  int64_t stored = 0;
+  for (const uint64_t mask : masks) stored += std::popcount(mask);
+  pack_masks(value, first, masks, panel, out);
+  const auto all = static_cast<double>(std::min<int64_t>(panel_width, value.w.n - first) * value.w.k);
+  if (static_cast<double>(stored) <= most_listed * all && k_padded / window <= UINT16_MAX) {
+    panel.lists = pack_lists(value, first, masks, out);
+  }
+  out.replace(0, panel);
   return stored;
 }
 
@@ -212,7 +275,7 @@ int64_t pack_panel(const LinearOp& op, const SparseWeight& w, int64_t first, int
   const Values<float> number{w};
   switch (op.layout) {
     case Layout::windows: return pack_windows(code, first, k_padded, w.nonzero, w.of, out);
-    case Layout::masks: return pack_masks(number, first, k_padded, out);
+    case Layout::masks: return pack_floats(number, first, k_padded, out);
     default: break;
   }
   if (op.activation_bits == 8) {

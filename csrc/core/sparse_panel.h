@@ -15,6 +15,14 @@
 //               masks   [k / 64][32] uint64, bit i: k = 64 b + i
 //               order   [k / 64][32] uint8: channel of the panel
 //               values  float, as the masks come
+//   lists     the same once more for few rows, in a panel of which most is zero: per half and window of 64 k the values of each channel
+//             in ascending k, one to a line for the 16 channels. A line lacks the channels that have no more values
+//               lines   uint8: of each window
+//             and of each line, and of an empty one behind an odd number of them:
+//               places  uint16: the window, of two lines
+//               masks   uint16, bit i: channel i has a value
+//               index   [16] uint8: k within the window
+//               values  float: those that are there, one after the other
 #pragma once
 #include <cstdint>
 
@@ -33,7 +41,12 @@ struct WindowPanel {
 };
 
 struct MaskPanel {
-  int64_t blocks, masks, order, values;
+  int64_t masks, order, values;
+  int64_t lists;  // ListPanel; 0: none
+};
+
+struct ListPanel {
+  int64_t pairs[2], lines[2], places[2], masks[2], index[2], values[2];  // per half; pairs of lines
 };
 
 }  // namespace halfbyte

@@ -100,6 +100,14 @@ HALFBYTE_INLINE void store_i16_n(int16_t* p, I x, int n) { store_small_n<int16_t
 
 HALFBYTE_INLINE F set1(float x) { return _mm256_set1_ps(x); }
 HALFBYTE_INLINE I set1_i(int32_t x) { return _mm256_set1_epi32(x); }
+// By one load.
+HALFBYTE_INLINE void broadcast_each(const float* p, F (&w)[4]) {
+  const F four = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p));
+  w[0] = _mm256_permute_ps(four, 0x00);
+  w[1] = _mm256_permute_ps(four, 0x55);
+  w[2] = _mm256_permute_ps(four, 0xaa);
+  w[3] = _mm256_permute_ps(four, 0xff);
+}
 HALFBYTE_INLINE F add(F a, F b) { return _mm256_add_ps(a, b); }
 HALFBYTE_INLINE F sub(F a, F b) { return _mm256_sub_ps(a, b); }
 HALFBYTE_INLINE F mul(F a, F b) { return _mm256_mul_ps(a, b); }

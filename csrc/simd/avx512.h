@@ -80,6 +80,14 @@ HALFBYTE_INLINE void store_i16_n(int16_t* p, I x, int n) { _mm512_mask_cvtepi32_
 
 HALFBYTE_INLINE F set1(float x) { return _mm512_set1_ps(x); }
 HALFBYTE_INLINE I set1_i(int32_t x) { return _mm512_set1_epi32(x); }
+// By one load.
+HALFBYTE_INLINE void broadcast_each(const float* p, F (&w)[4]) {
+  const F four = _mm512_broadcast_f32x4(_mm_loadu_ps(p));
+  w[0] = _mm512_permute_ps(four, 0x00);
+  w[1] = _mm512_permute_ps(four, 0x55);
+  w[2] = _mm512_permute_ps(four, 0xaa);
+  w[3] = _mm512_permute_ps(four, 0xff);
+}
 HALFBYTE_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
 HALFBYTE_INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
 HALFBYTE_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }

@@ -10,6 +10,7 @@
 //   split_pairs(a, b)   a, b = 2 width elements in a row -> the even ones, the odd ones; join_pairs is the inverse
 //   select_greater(a, b, x, y)  a > b ? x : y
 //   transpose(t)                columns of a square of width vectors
+//   broadcast_each(p, w)        w[i] = p[i] in all elements, i = 0 .. 3
 //   load_columns<D>(p, row, x)  columns 0 .. 7 of `width` rows that lie `row` bytes apart
 //   reduce_add(a) adds the halves of a, a[j] + a[j + width/2], then the halves of that, until one number is left
 #pragma once
@@ -99,6 +100,7 @@ inline void store_i16_n(int16_t* p, I x, int) { *p = static_cast<int16_t>(x); }
 
 inline F set1(float x) { return x; }
 inline I set1_i(int32_t x) { return x; }
+inline void broadcast_each(const float* p, F (&w)[4]) { std::memcpy(w, p, sizeof w); }
 inline F add(F a, F b) { return a + b; }
 inline F sub(F a, F b) { return a - b; }
 inline F mul(F a, F b) { return a * b; }

@@ -9,7 +9,6 @@
 namespace halfbyte::scalar {
 namespace {
 
-void mask_tile(const TileArgs& t) { mask_tiles[mask_lanes(t.rows) / width - 1](t); }
 void arrange(const ArrangeArgs& args) { arrange_units<1, 0>(args, mask_lanes(args.rows)); }
 
 }  // namespace

@@ -42,9 +42,11 @@ HALFBYTE_INLINE void mask_block(MaskStream& s, const float* strip, float* sums) 
   s.order += panel_width;
 }
 
-HALFBYTE_INLINE void open_panels(const TileArgs& t, MaskStream (&streams)[max_panels]) {
+HALFBYTE_INLINE const uint8_t* panel_of(const TileArgs& t, int p) { return t.b + (t.panel_offsets[p] - t.panel_offsets[0]); }
+
+HALFBYTE_INLINE void open_masks(const TileArgs& t, MaskStream (&streams)[max_panels]) {
   for (int p = 0; p < t.panels; ++p) {
-    const uint8_t* const begin = t.b + (t.panel_offsets[p] - t.panel_offsets[0]);
+    const uint8_t* const begin = panel_of(t, p);
     const MaskPanel& panel = *reinterpret_cast<const MaskPanel*>(begin);
     streams[p] = {reinterpret_cast<const uint64_t*>(begin + panel.masks), begin + panel.order,
                   reinterpret_cast<const float*>(begin + panel.values)};
@@ -56,7 +58,7 @@ void masked(const TileArgs& t) {
   constexpr int lanes = vectors * width, of_panel = panel_width * lanes;
   alignas(64) float sums[max_panels * of_panel];
   MaskStream streams[max_panels];
-  open_panels(t, streams);
+  open_masks(t, streams);
   for (int i = 0; i < t.panels * of_panel; i += width) store<DType::f32>(sums + i, set1(0));
   const int64_t blocks = t.quads * quad / window;
   for (int64_t b = 0; b < blocks; ++b) {
@@ -70,6 +72,8 @@ constexpr void (*mask_tiles[mask_vectors])(const TileArgs&) = {masked<1>, masked
                                                                masked<5>, masked<6>, masked<7>, masked<8>};
 
 inline int64_t mask_lanes(int rows) { return (rows + width - 1) / width * width; }
+
+inline void mask_tile(const TileArgs& t) { mask_tiles[mask_lanes(t.rows) / width - 1](t); }
 
 }  // namespace
 }  // namespace halfbyte::HALFBYTE_ISA
