@@ -1,8 +1,8 @@
 // spmm_unstructured_f32 on AVX512: 128 rows. Up to four rows have channels in the lanes and look up the inputs of a list in the 64 of
 // its window, in four vectors; with masks, of 16 k those that have a weight move together (vcompressps), into the lanes of the weights.
-#include <initializer_list>
-
 #include "simd/avx512.h"
+
+#include <initializer_list>
 
 #include "simd/epilogue.h"
 #include "tiles/sparse/lists.h"
@@ -72,7 +72,7 @@ HALFBYTE_INLINE void masked_panel(MaskStream& s, const float* x, int64_t k_padde
         value += __builtin_popcount(lanes);
 #pragma GCC unroll 4
         for (int r = 0; r < rows; ++r) {
-          F y = _mm512_loadu_ps(x + r * k_padded + k + part);
+          F y = _mm512_loadu_ps(x + r * k_padded + k + part);  // as in expanded()
           asm("vcompressps %0, %0%{%1%}%{z%}" : "+v"(y) : "Yk"(lanes));
           sum[r] = fma(w, y, sum[r]);
         }

@@ -1,4 +1,5 @@
-// Tiles of float32 weights anywhere for few rows (core/sparse_panel.h, lists): rows in the lanes. Included after a simd header with vectors.
+// Tiles of float32 weights anywhere for few rows (core/sparse_panel.h, lists): rows in the lanes. Included after a simd header with
+// vectors.
 //
 // The lines of some windows are filled up first, with weights of 0 for a unit of the strip that is 0. Then four or eight channels go
 // over them side by side: they end together, and no sum waits for the one before it. With masks the end of each channel's values is
@@ -20,9 +21,11 @@ struct ListStream {  // of a half
   int64_t pairs;
 };
 
-// Of a panel without lists nothing of it may be used.
+HALFBYTE_INLINE int64_t lists_of(const uint8_t* panel) { return reinterpret_cast<const MaskPanel*>(panel)->lists; }
+
+// Of a panel with lists.
 HALFBYTE_INLINE ListStream list_stream(const uint8_t* begin, int half) {
-  const ListPanel& panel = *reinterpret_cast<const ListPanel*>(begin + reinterpret_cast<const MaskPanel*>(begin)->lists);
+  const ListPanel& panel = *reinterpret_cast<const ListPanel*>(begin + lists_of(begin));
   return {begin + panel.lines[half], reinterpret_cast<const uint16_t*>(begin + panel.places[half]),
           reinterpret_cast<const uint16_t*>(begin + panel.masks[half]), begin + panel.index[half],
           reinterpret_cast<const float*>(begin + panel.values[half]), panel.pairs[half]};
@@ -39,7 +42,8 @@ struct Filled {
 #if defined __AVX512F__
 HALFBYTE_INLINE F expanded(__mmask16 mask, const float* values) {
   F w = _mm512_loadu_ps(values);
-  asm("vexpandps %0, %0%{%1%}%{z%}" : "+v"(w) : "Yk"(mask));  // from memory, or into a register whose old value it would wait for, it takes longer
+  // From memory it takes longer, and it waits for what its target held before.
+  asm("vexpandps %0, %0%{%1%}%{z%}" : "+v"(w) : "Yk"(mask));
   return w;
 }
 HALFBYTE_INLINE void fill_line(uint16_t mask, const float* values, const uint8_t* index, int32_t first, int32_t lanes, int32_t empty,
@@ -141,8 +145,6 @@ HALFBYTE_INLINE void list_windows(ListStream& s, int64_t first, int64_t count, c
   side_by_side<vectors>(lists, lines, strip, sums);
 }
 
-HALFBYTE_INLINE int64_t lists_of(const uint8_t* panel) { return reinterpret_cast<const MaskPanel*>(panel)->lists; }
-
 template <int vectors>
 void listed(const TileArgs& t) {
   constexpr int lanes = vectors * width, of_half = half_panel * lanes, of_panel = 2 * of_half, at_once = most_windows / vectors;
@@ -151,7 +153,7 @@ void listed(const TileArgs& t) {
   ListStream lists[max_panels][2];
   open_masks(t, masks);
   for (int p = 0; p < t.panels; ++p) {
-    for (int h = 0; h < 2; ++h) lists[p][h] = list_stream(panel_of(t, p), h);
+    for (int h = 0; h < 2 && lists_of(panel_of(t, p)); ++h) lists[p][h] = list_stream(panel_of(t, p), h);
   }
   for (int i = 0; i < t.panels * of_panel; i += width) store<DType::f32>(sums + i, set1(0));
   const float* const strip = static_cast<const float*>(t.a);
