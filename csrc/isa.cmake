@@ -2,7 +2,7 @@
 # is compiled with the flags of its row and with HALFBYTE_ISA=<stem>, and everything else for the plain baseline. A row
 # whose flags the compiler does not know is left out of the build. A new instruction set is one row here (and one bit in
 # core/kernel.h).
-set(HALFBYTE_AVX2_FLAGS -mavx2 -mfma -mf16c)
+set(HALFBYTE_AVX2_FLAGS -mavx2 -mfma -mf16c -mbmi -mbmi2)
 set(HALFBYTE_AVX512_FLAGS ${HALFBYTE_AVX2_FLAGS} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512cd)
 
 set(HALFBYTE_ISAS scalar)

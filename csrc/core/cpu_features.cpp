@@ -65,7 +65,8 @@ uint32_t detect() {
   uint32_t b7, c7, d7, a71 = 0, b71, c71, d71;
   if (!__get_cpuid_count(7, 0, &a, &b7, &c7, &d7)) return found;
   if (a >= 1) __get_cpuid_count(7, 1, &a71, &b71, &c71, &d71);
-  if (!(ymm && avx && fma && f16c && bit(b7, 5))) return found;
+  const bool bmi = bit(b7, 3) && bit(b7, 8);
+  if (!(ymm && avx && fma && f16c && bmi && bit(b7, 5))) return found;
   found |= isa_avx2;
   if (bit(a71, 4)) found |= isa_avx_vnni;
   const bool avx512 = zmm && bit(b7, 16) && bit(b7, 17) && bit(b7, 28) && bit(b7, 30) && bit(b7, 31);

@@ -12,7 +12,7 @@ enum class Activation : int { none = 0, relu = 1, gelu = 2, gelu_tanh = 3, silu 
 // One bit per instruction set that a kernel file may be named after. cpu_features.cpp says what each one implies.
 enum Isa : uint32_t {
   isa_scalar = 1u << 0,
-  isa_avx2 = 1u << 1,         // AVX2 + FMA + F16C
+  isa_avx2 = 1u << 1,         // AVX2 + FMA + F16C + BMI1 + BMI2
   isa_avx_vnni = 1u << 2,     // vpdpbusd on ymm, VEX encoded
   isa_avx512 = 1u << 3,       // F + BW + DQ + VL + CD
   isa_avx512_vnni = 1u << 4,  // vpdpbusd on zmm

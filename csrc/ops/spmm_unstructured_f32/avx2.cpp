@@ -14,7 +14,7 @@ constinit const GemmKernel kernel_avx2 = {
     .grain = 1 << 15,
     .grouped = {.mr = avx2::mask_mr, .alone = avx2::mask_mr, .row_step = avx2::width,
                 .accumulators = max_panels * avx2::mask_mr, .run = avx2::tile_anywhere,
-                .arrange = avx2::arrange_anywhere, .strip_bytes = avx2::strip_bytes_anywhere},
+                .arrange = avx2::arrange_anywhere, .strip_bytes = avx2::float_strip_bytes},
     .epilogue = avx2::grouped_epilogue,
     .plain = {},
 };

@@ -142,7 +142,7 @@ constinit const GemmKernel kernel_avx512 = {
     .grain = 1 << 16,
     .grouped = {.mr = avx512::mask_mr, .alone = avx512::mask_mr, .row_step = avx512::width,
                 .accumulators = max_panels * avx512::mask_mr, .run = avx512::tile,
-                .arrange = avx512::arrange, .strip_bytes = avx512::strip_bytes_anywhere},
+                .arrange = avx512::arrange, .strip_bytes = avx512::float_strip_bytes},
     .epilogue = avx512::grouped_epilogue,
     .plain = {},
 };

@@ -19,7 +19,7 @@ struct MaskStream {
   const float* values;
 };
 
-// With few vectors some channels go side by side, those with the fewest values first out: an FMA takes four cycles.
+// With few vectors two channels go side by side, for an FMA takes four cycles, until the one with fewer values has no more.
 template <int vectors>
 HALFBYTE_INLINE void mask_block(MaskStream& s, const float* strip, float* sums) {
   constexpr int lanes = vectors * width, channels = vectors <= 4 ? 2 : 1;
@@ -43,7 +43,7 @@ HALFBYTE_INLINE void mask_block(MaskStream& s, const float* strip, float* sums) 
       while (left[first]) {
 #pragma GCC unroll 4
         for (int c = first; c < channels; ++c) {
-          const float* const x = strip + __builtin_ctzll(left[c]) * lanes;
+          const float* const x = strip + static_cast<uint64_t>(__builtin_ctzll(left[c])) * lanes;
           left[c] &= left[c] - 1;
           const F w = set1(*value[c]++);
 #pragma GCC unroll 8
