@@ -94,6 +94,13 @@ HALFBYTE_INLINE I load_i8_n(const int8_t* p, int n) { return _mm256_cvtepi8_epi3
 HALFBYTE_INLINE void store_i(int32_t* p, I x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
 HALFBYTE_INLINE void store_i_n(int32_t* p, I x, int n) { _mm256_maskstore_epi32(p, first(n), x); }
 HALFBYTE_INLINE void store_i8(int8_t* p, I x) { _mm_storel_epi64(reinterpret_cast<__m128i*>(p), narrow_i8(x)); }
+HALFBYTE_INLINE I pack_i8(int8_t* p, const I (&x)[4]) {
+  const I packed = _mm256_packs_epi16(_mm256_packs_epi32(x[0], x[1]), _mm256_packs_epi32(x[2], x[3]));
+  const I ordered = _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), ordered);
+  const I shifted = _mm256_sad_epu8(_mm256_xor_si256(packed, _mm256_set1_epi8(-128)), _mm256_setzero_si256());
+  return _mm256_sub_epi32(shifted, _mm256_set1_epi64x(8 * 128));
+}
 HALFBYTE_INLINE void store_i8_n(int8_t* p, I x, int n) { store_small_n<int8_t>(p, narrow_i8(x), n); }
 HALFBYTE_INLINE void store_i16(int16_t* p, I x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow_i16(x)); }
 HALFBYTE_INLINE void store_i16_n(int16_t* p, I x, int n) { store_small_n<int16_t>(p, narrow_i16(x), n); }

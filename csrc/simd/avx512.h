@@ -72,6 +72,13 @@ HALFBYTE_INLINE void store_i_n(int32_t* p, I x, int n) { _mm512_mask_storeu_epi3
 HALFBYTE_INLINE void store_i8(int8_t* p, I x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x));
 }
+HALFBYTE_INLINE I pack_i8(int8_t* p, const I (&x)[4]) {
+  const I order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const I packed = _mm512_packs_epi16(_mm512_packs_epi32(x[0], x[1]), _mm512_packs_epi32(x[2], x[3]));
+  _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, packed));
+  const I shifted = _mm512_sad_epu8(_mm512_xor_si512(packed, _mm512_set1_epi8(-128)), _mm512_setzero_si512());
+  return _mm512_sub_epi32(shifted, _mm512_set1_epi64(8 * 128));
+}
 HALFBYTE_INLINE void store_i8_n(int8_t* p, I x, int n) { _mm512_mask_cvtepi32_storeu_epi8(p, first(n), x); }
 HALFBYTE_INLINE void store_i16(int16_t* p, I x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(x));

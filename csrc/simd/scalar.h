@@ -7,6 +7,7 @@
 //   max(a, b)     a > b ? a : b, like the x86 instruction: b when either is NaN
 //   to_int        rounds half to even
 //   keep(a, n)    the first n elements of a, 0 in the place of the others; n = 0 .. width
+//   pack_i8(p, x)  four vectors, saturated, to int8; returns a vector whose elements add up to their sum
 //   split_pairs(a, b)   a, b = 2 width elements in a row -> the even ones, the odd ones; join_pairs is the inverse
 //   select_greater(a, b, x, y)  a > b ? x : y
 //   transpose(t)                columns of a square of width vectors
@@ -94,6 +95,14 @@ inline I load_i8_n(const int8_t* p, int) { return *p; }
 inline void store_i(int32_t* p, I x) { *p = x; }
 inline void store_i_n(int32_t* p, I x, int) { *p = x; }
 inline void store_i8(int8_t* p, I x) { *p = static_cast<int8_t>(x); }
+inline I pack_i8(int8_t* p, const I (&x)[4]) {
+  I sum = 0;
+  for (int j = 0; j < 4; ++j) {
+    p[j] = static_cast<int8_t>(x[j] < -128 ? -128 : x[j] > 127 ? 127 : x[j]);
+    sum += p[j];
+  }
+  return sum;
+}
 inline void store_i8_n(int8_t* p, I x, int) { *p = static_cast<int8_t>(x); }
 inline void store_i16(int16_t* p, I x) { *p = static_cast<int16_t>(x); }
 inline void store_i16_n(int16_t* p, I x, int) { *p = static_cast<int16_t>(x); }

@@ -29,21 +29,26 @@ struct Range {
 
 template <DType D>
 Range range_of(const void* x, int64_t k) {
-  F lo = set1(0), hi = set1(0);
-  I magnitude = set1_i(0);
+  constexpr int at_once = 4;  // a minimum waits for the one before it
+  F lo[at_once], hi[at_once];
+  I magnitude[at_once];
+#pragma GCC unroll 4
+  for (int j = 0; j < at_once; ++j) lo[j] = set1(0), hi[j] = set1(0), magnitude[j] = set1_i(0);
   const I mask = set1_i(magnitude_mask);
+  const auto join = [&](int j, F v) __attribute__((always_inline)) {
+    lo[j] = min(v, lo[j]), hi[j] = max(v, hi[j]);
+    magnitude[j] = max_i(magnitude[j], and_i(bits(v), mask));
+  };
   int64_t i = 0;
-  for (; i + width <= k; i += width) {
-    const F v = load<D>(element<D>(x, i));
-    lo = min(v, lo), hi = max(v, hi);
-    magnitude = max_i(magnitude, and_i(bits(v), mask));
+  for (; i + at_once * width <= k; i += at_once * width) {
+#pragma GCC unroll 4
+    for (int j = 0; j < at_once; ++j) join(j, load<D>(element<D>(x, i + j * width)));
   }
-  if (i < k) {
-    const F v = load_n<D>(element<D>(x, i), static_cast<int>(k - i));
-    lo = min(v, lo), hi = max(v, hi);
-    magnitude = max_i(magnitude, and_i(bits(v), mask));
-  }
-  return {reduce_min(lo), reduce_max(hi), reduce_max_i(magnitude)};
+  for (; i + width <= k; i += width) join(0, load<D>(element<D>(x, i)));
+  if (i < k) join(1, load_n<D>(element<D>(x, i), static_cast<int>(k - i)));
+  const auto all = [](auto both, const auto& of) { return both(both(of[0], of[1]), both(of[2], of[3])); };
+  return {reduce_min(all([](F p, F q) { return min(p, q); }, lo)), reduce_max(all([](F p, F q) { return max(p, q); }, hi)),
+          reduce_max_i(all([](I p, I q) { return max_i(p, q); }, magnitude))};
 }
 
 // How codes lie in memory: int8; int16; or 16 bits in two int8, `part` elements apart.
@@ -81,18 +86,32 @@ struct Grid {
   int32_t zero, lowest, highest;
 };
 
-// rint(clamp(x/s, low - z, high - z)) + z equals clip(rint(x/s) + z, low, high): the bounds are integers.
-template <DType D, Layout L>
+// rint(clamp(x/s, low - z, high - z)) + z equals clip(rint(x/s) + z, low, high): the bounds are integers. in_range: x is finite, and
+// x/s + z within the grid but for rounding, as it is where the grid was made for x.
+template <DType D, Layout L, bool in_range>
 Coded encode(const void* x, int64_t k, void* codes, int64_t part, const Grid& grid) {
   const F scale = set1(1.0f / grid.scale), low = set1(static_cast<float>(grid.lowest - grid.zero));
   const F high = set1(static_cast<float>(grid.highest - grid.zero));
   const I z = set1_i(grid.zero), mask = set1_i(magnitude_mask);
   I sum = set1_i(0), high_sum = set1_i(0), magnitude = set1_i(0), upper = set1_i(0);
-  int64_t i = 0;
-  for (; i + width <= k; i += width) {
-    const F v = load<D>(element<D>(x, i));
-    const I q = add_i(to_int(min(max(mul(v, scale), low), high)), z);
+  const auto code = [&](F v) __attribute__((always_inline)) {
     magnitude = max_i(magnitude, and_i(bits(v), mask));
+    return add_i(to_int(min(max(mul(v, scale), low), high)), z);
+  };
+  int64_t i = 0;
+  if constexpr (L == Layout::narrow) {  // four vectors at once: packing saturates
+    for (; i + 4 * width <= k; i += 4 * width) {
+      I q[4];
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        const F v = load<D>(element<D>(x, i + j * width));
+        q[j] = in_range ? add_i(to_int(mul(v, scale)), z) : code(v);
+      }
+      sum = add_i(sum, pack_i8(static_cast<int8_t*>(codes) + i, q));
+    }
+  }
+  for (; i + width <= k; i += width) {
+    const I q = code(load<D>(element<D>(x, i)));
     sum = add_i(sum, q);
     if constexpr (L == Layout::split) {
       upper = shift_right<8>(add_i(q, set1_i(128)));
@@ -103,9 +122,7 @@ Coded encode(const void* x, int64_t k, void* codes, int64_t part, const Grid& gr
   int32_t tail_sum = 0, tail_high = 0;
   if (i < k) {
     const int n = static_cast<int>(k - i);
-    const F v = load_n<D>(element<D>(x, i), n);
-    const I q = add_i(to_int(min(max(mul(v, scale), low), high)), z);
-    magnitude = max_i(magnitude, and_i(bits(v), mask));
+    const I q = code(load_n<D>(element<D>(x, i), n));
     int32_t tail[width];
     store_i(tail, q);
     for (int j = 0; j < n; ++j) tail_sum += tail[j], tail_high += (tail[j] + 128) >> 8;
@@ -160,7 +177,10 @@ void quantize_row(const Args& args, int64_t row) {
       scales[g] = scale_of(grid);
     }
     Coded coded{0, 0, 0};
-    if (has_codes(grid)) coded = encode<D, L>(from, count, to, padded, grid);
+    if (has_codes(grid)) {
+      const auto own = args.static_scale == 0 ? encode<D, L, true> : encode<D, L, false>;
+      coded = own(from, count, to, padded, grid);
+    }
     finite = finite && coded.magnitude < infinity_bits;
     const int64_t filled = has_codes(grid) ? count : 0;
     for (int64_t p = 0; p < parts; ++p) {
