@@ -2,8 +2,6 @@
 // its window, in four vectors; with masks, of 16 k those that have a weight move together (vcompressps), into the lanes of the weights.
 #include "simd/avx512.h"
 
-#include <initializer_list>
-
 #include "simd/epilogue.h"
 #include "tiles/sparse/lists.h"
 
@@ -92,7 +90,8 @@ HALFBYTE_INLINE void fetch_lists(const uint8_t* begin) {
   if (!panel.lists) return;
   const ListPanel& lists = *reinterpret_cast<const ListPanel*>(begin + panel.lists);
   for (int h = 0; h < 2; ++h) {
-    for (const int64_t at : {lists.values[h], lists.index[h], lists.masks[h], lists.places[h]}) {
+    const int64_t heads[] = {lists.values[h], lists.index[h], lists.masks[h], lists.places[h]};
+    for (const int64_t at : heads) {
       for (int line = 0; line < 4; ++line) __builtin_prefetch(begin + at + line * 64);
     }
   }
