@@ -22,7 +22,7 @@ struct MaskStream {
 // With few vectors two channels go side by side, for an FMA takes four cycles, until the one with fewer values has no more.
 template <int vectors>
 HALFBYTE_INLINE void mask_block(MaskStream& s, const float* strip, float* sums) {
-  constexpr int lanes = vectors * width, channels = vectors <= 4 ? 2 : 1;
+  constexpr int lanes = vectors * width, channels = width > 1 && vectors <= 4 ? 2 : 1;
   for (int i = 0; i < panel_width; i += channels) {
     F sum[channels][vectors];
     float* to[channels];
@@ -32,9 +32,8 @@ HALFBYTE_INLINE void mask_block(MaskStream& s, const float* strip, float* sums) 
     for (int c = 0; c < channels; ++c) {
       to[c] = sums + s.order[i + c] * lanes;
       left[c] = s.masks[i + c];
-      value[c] = s.values;
-      __builtin_prefetch(s.values + 768);
-      s.values += __builtin_popcountll(left[c]);
+      value[c] = c ? value[c - 1] + __builtin_popcountll(left[c - 1]) : s.values;
+      __builtin_prefetch(value[c] + 768);
 #pragma GCC unroll 8
       for (int v = 0; v < vectors; ++v) sum[c][v] = load<DType::f32>(to[c] + v * width);
     }
@@ -51,6 +50,7 @@ HALFBYTE_INLINE void mask_block(MaskStream& s, const float* strip, float* sums) 
         }
       }
     }
+    s.values = value[channels - 1];
 #pragma GCC unroll 4
     for (int c = 0; c < channels; ++c) {
 #pragma GCC unroll 8
