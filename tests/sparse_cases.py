@@ -31,7 +31,7 @@ PATTERNS = {
 
 KERNELS = {op: [row for row in _core.kernels() if row["op"] == op and row["supported"]] for op in PATTERNS}
 
-ROWS = (1, 2, 3, 7, 8, 12, 13, 23, 24, 25, 48, 49, 127, 128, 129, 200)
+ROWS = (1, 2, 3, 4, 5, 7, 8, 9, 12, 13, 16, 17, 23, 24, 25, 48, 49, 127, 128, 129, 200)
 COLUMNS = (1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 101)
 FEATURES = (1, 3, 4, 5, 15, 16, 17, 63, 64, 65, 127, 128, 129, 255, 1001)
 

@@ -186,7 +186,7 @@ int64_t pack_lists(const Values<float>& value, int64_t first, const Masks& of_k,
   const int64_t at = out.append(&panel, sizeof panel);
   for (int half = 0; half < 2; ++half) {
     std::vector<uint8_t> lines, index;
-    std::vector<uint16_t> places, masks;
+    std::vector<uint16_t> window_of, line_masks;
     std::vector<float> values;
     for (size_t i = 0; i < of_k.size(); i += panel_width) {
       std::array<uint64_t, half_panel> left;
@@ -194,7 +194,7 @@ int64_t pack_lists(const Values<float>& value, int64_t first, const Masks& of_k,
       int most = 0;
       for (const uint64_t mask : left) most = std::max(most, std::popcount(mask));
       lines.push_back(static_cast<uint8_t>(most));
-      places.insert(places.end(), static_cast<size_t>(most + 1) / 2, static_cast<uint16_t>(i / panel_width));
+      window_of.insert(window_of.end(), static_cast<size_t>(most + 1) / 2, static_cast<uint16_t>(i / panel_width));
       for (int line = 0; line < (most + 1) / 2 * 2; ++line) {
         uint16_t mask = 0;
         for (size_t c = 0; c < half_panel; left[c] &= left[c] - 1, ++c) {
@@ -202,16 +202,16 @@ int64_t pack_lists(const Values<float>& value, int64_t first, const Masks& of_k,
           index.push_back(static_cast<uint8_t>(k % window));
           if (!left[c]) continue;
           mask = static_cast<uint16_t>(mask | 1 << c);
-          values.push_back(value(first + half * half_panel + static_cast<int>(c), places.back() * window + k));
+          values.push_back(value(first + half * half_panel + static_cast<int>(c), window_of.back() * window + k));
         }
-        masks.push_back(mask);
+        line_masks.push_back(mask);
       }
     }
     values.resize(values.size() + half_panel);
-    panel.pairs[half] = static_cast<int64_t>(places.size());
+    panel.pairs[half] = static_cast<int64_t>(window_of.size());
     panel.lines[half] = out.append(lines);
-    panel.places[half] = out.append(places);
-    panel.masks[half] = out.append(masks);
+    panel.places[half] = out.append(window_of);
+    panel.masks[half] = out.append(line_masks);
     panel.index[half] = out.append(index);
     panel.values[half] = out.append(values);
   }
@@ -219,20 +219,28 @@ int64_t pack_lists(const Values<float>& value, int64_t first, const Masks& of_k,
   return at;
 }
 
-// Lists cost as many bytes again; with more values than these, few rows gain little by them.
-constexpr double most_listed = 0.35;
+// Lists cost as many bytes again. They pay for few rows with up to 35 % of the values, unless a channel with many makes lines of which
+// three quarters are empty.
+bool worth_lists(const Masks& masks, int64_t stored, int64_t all) {
+  int64_t places = 0;
+  for (size_t i = 0; i < masks.size(); i += half_panel) {
+    int most = 0;
+    for (size_t c = 0; c < half_panel; ++c) most = std::max(most, std::popcount(masks[i + c]));
+    places += int64_t{most} * half_panel;
+  }
+  return 20 * stored <= 7 * all && places <= 4 * stored && masks.size() / panel_width <= UINT16_MAX;
+}
 
-int64_t pack_floats(const Values<float>& value, int64_t first, int64_t k_padded, Bytes& out) {
+// vectors: there are kernels that read lists.
+int64_t pack_floats(const Values<float>& value, int64_t first, int64_t k_padded, bool vectors, Bytes& out) {
   MaskPanel panel{};
   out.append(&panel, sizeof panel);
   const Masks masks = masks_of(value, first, k_padded);
   int64_t stored = 0;
   for (const uint64_t mask : masks) stored += std::popcount(mask);
   pack_masks(value, first, masks, panel, out);
-  const auto all = static_cast<double>(std::min<int64_t>(panel_width, value.w.n - first) * value.w.k);
-  if (static_cast<double>(stored) <= most_listed * all && k_padded / window <= UINT16_MAX) {
-    panel.lists = pack_lists(value, first, masks, out);
-  }
+  const int64_t all = std::min<int64_t>(panel_width, value.w.n - first) * value.w.k;
+  if (vectors && worth_lists(masks, stored, all)) panel.lists = pack_lists(value, first, masks, out);
   out.replace(0, panel);
   return stored;
 }
@@ -275,7 +283,7 @@ int64_t pack_panel(const LinearOp& op, const SparseWeight& w, int64_t first, int
   const Values<float> number{w};
   switch (op.layout) {
     case Layout::windows: return pack_windows(code, first, k_padded, w.nonzero, w.of, out);
-    case Layout::masks: return pack_floats(number, first, k_padded, out);
+    case Layout::masks: return pack_floats(number, first, k_padded, op.kernels.size() > 1, out);
     default: break;
   }
   if (op.activation_bits == 8) {

@@ -15,8 +15,8 @@
 //               masks   [k / 64][32] uint64, bit i: k = 64 b + i
 //               order   [k / 64][32] uint8: channel of the panel
 //               values  float, as the masks come
-//   lists     the same once more for few rows, in a panel of which most is zero: per half and window of 64 k the values of each channel
-//             in ascending k, one to a line for the 16 channels. A line lacks the channels that have no more values
+//   lists     the same once more for few rows, in a panel of which most is zero: per half and window of 64 k the values of each
+//             channel in ascending k, one to a line for the 16 channels. A line lacks the channels that have no more values
 //               lines   uint8: of each window
 //             and of each line, and of an empty one behind an odd number of them:
 //               places  uint16: the window, of two lines

@@ -1,4 +1,4 @@
-// Vector vocabulary (see simd/scalar.h) on 256-bit registers: AVX2, FMA, F16C.
+// Vector vocabulary (see simd/scalar.h) on 256-bit registers: AVX2, FMA, F16C, BMI.
 #pragma once
 #include <immintrin.h>
 

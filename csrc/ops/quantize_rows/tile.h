@@ -86,8 +86,8 @@ struct Grid {
   int32_t zero, lowest, highest;
 };
 
-// rint(clamp(x/s, low - z, high - z)) + z equals clip(rint(x/s) + z, low, high): the bounds are integers. in_range: x is finite, and
-// x/s + z within the grid but for rounding, as it is where the grid was made for x.
+// rint(clamp(x/s, low - z, high - z)) + z equals clip(rint(x/s) + z, low, high): the bounds are integers. in_range: x is finite,
+// and x/s + z within the grid but for rounding, as it is where the grid was made for x.
 template <DType D, Layout L, bool in_range>
 Coded encode(const void* x, int64_t k, void* codes, int64_t part, const Grid& grid) {
   const F scale = set1(1.0f / grid.scale), low = set1(static_cast<float>(grid.lowest - grid.zero));
@@ -178,8 +178,8 @@ void quantize_row(const Args& args, int64_t row) {
     }
     Coded coded{0, 0, 0};
     if (has_codes(grid)) {
-      const auto own = args.static_scale == 0 ? encode<D, L, true> : encode<D, L, false>;
-      coded = own(from, count, to, padded, grid);
+      const auto encoder = args.static_scale == 0 ? encode<D, L, L == Layout::narrow> : encode<D, L, false>;
+      coded = encoder(from, count, to, padded, grid);
     }
     finite = finite && coded.magnitude < infinity_bits;
     const int64_t filled = has_codes(grid) ? count : 0;

@@ -1,5 +1,6 @@
-// spmm_unstructured_f32 on AVX512: 128 rows. Up to four rows have channels in the lanes and look up the inputs of a list in the 64 of
-// its window, in four vectors; with masks, of 16 k those that have a weight move together (vcompressps), into the lanes of the weights.
+// spmm_unstructured_f32 on AVX512: 128 rows. Up to four rows have channels in the lanes and look up the inputs of a list in the 64
+// of its window, in four vectors; without lists, of 16 k those that have a weight move together (vcompressps), into the lanes of the
+// weights.
 #include "simd/avx512.h"
 
 #include "simd/epilogue.h"
@@ -106,7 +107,7 @@ void few(const TileArgs& t) {
   for (int p = 0; p < t.panels; ++p) {
     float* const out = t.t + p * panel_width;
     if (p + 1 < t.panels) fetch_lists(panel_of(t, p + 1));
-    if (lists_of(panel_of(t, p))) {
+    if (has_lists(panel_of(t, p))) {
       ListStream lists[2] = {list_stream(panel_of(t, p), 0), list_stream(panel_of(t, p), 1)};
       listed_panel<rows>(lists, x, k_padded, out, ld);
     } else {

@@ -1,9 +1,9 @@
-// Tiles of float32 weights anywhere for few rows (core/sparse_panel.h, lists): rows in the lanes. Included after a simd header with
-// vectors.
+// Tiles of float32 weights anywhere for few rows (core/sparse_panel.h, lists): one vector of rows in the lanes. Included after a
+// simd header with vectors.
 //
-// The lines of some windows are filled up first, with weights of 0 for a unit of the strip that is 0. Then eight channels go over them
-// side by side: they end together, and no sum waits for the one before it. With masks the end of each channel's values is mispredicted,
-// and an FMA takes four cycles. But at 90 % zeros 11 lines hold 6.4 values of a channel: more than one vector of rows loses by that.
+// The lines of some windows are filled up first, with weights of 0 for a unit behind the strip. Then eight channels go over them side
+// by side: they end together, and no sum waits for the one before it. With masks the end of each channel's values is mispredicted,
+// and an FMA takes four cycles. But at 90 % zeros 11 lines hold 6.4 values of a channel: more vectors of rows would lose by that.
 #pragma once
 #include <string.h>
 
@@ -20,11 +20,11 @@ struct ListStream {  // of a half
   int64_t pairs;
 };
 
-HALFBYTE_INLINE int64_t lists_of(const uint8_t* panel) { return reinterpret_cast<const MaskPanel*>(panel)->lists; }
+HALFBYTE_INLINE bool has_lists(const uint8_t* panel) { return reinterpret_cast<const MaskPanel*>(panel)->lists != 0; }
 
 // Of a panel with lists.
 HALFBYTE_INLINE ListStream list_stream(const uint8_t* begin, int half) {
-  const ListPanel& panel = *reinterpret_cast<const ListPanel*>(begin + lists_of(begin));
+  const ListPanel& panel = *reinterpret_cast<const ListPanel*>(begin + reinterpret_cast<const MaskPanel*>(begin)->lists);
   return {begin + panel.lines[half], reinterpret_cast<const uint16_t*>(begin + panel.places[half]),
           reinterpret_cast<const uint16_t*>(begin + panel.masks[half]), begin + panel.index[half],
           reinterpret_cast<const float*>(begin + panel.values[half]), panel.pairs[half]};
@@ -81,8 +81,8 @@ HALFBYTE_INLINE void fill_line(uint16_t mask, const float* values, const uint8_t
 }
 #endif
 
-// Appends the lines of the next window, whose first k is `first`, to `at` lines; returns how many there are then. What comes next of this
-// half is far away by then: the other panels are filled in between.
+// Appends the lines of the next window, whose first k is `first`, to `at` lines; returns how many there are then. What comes next
+// of this half would be far away by then: the other panels are filled in between.
 HALFBYTE_INLINE int fill(ListStream& s, int64_t first, int64_t k_padded, Filled& to, int at) {
   constexpr int ahead = 768;  // values, or indices
   const int lines = *s.lines++, whole = (lines + 1) / 2 * 2;
@@ -134,7 +134,8 @@ inline void listed(const TileArgs& t) {
   ListStream lists[max_panels][2];
   open_masks(t, masks);
   for (int p = 0; p < t.panels; ++p) {
-    for (int h = 0; h < 2 && lists_of(panel_of(t, p)); ++h) lists[p][h] = list_stream(panel_of(t, p), h);
+    if (!has_lists(panel_of(t, p))) continue;
+    for (int h = 0; h < 2; ++h) lists[p][h] = list_stream(panel_of(t, p), h);
   }
   for (int i = 0; i < t.panels * of_panel; i += width) store<DType::f32>(sums + i, set1(0));
   const float* const strip = static_cast<const float*>(t.a);
@@ -143,7 +144,7 @@ inline void listed(const TileArgs& t) {
     const int64_t end = k_padded - first < windows_at_once * window ? k_padded : first + windows_at_once * window;
     for (int p = 0; p < t.panels; ++p) {
       float* const to = sums + p * of_panel;
-      if (lists_of(panel_of(t, p))) {
+      if (has_lists(panel_of(t, p))) {
         for (int h = 0; h < 2; ++h) {
           Filled filled;
           int lines = 0;
@@ -164,11 +165,11 @@ inline void tile_anywhere(const TileArgs& t) {
   mask_tile(t);
 }
 
-// The strip, and behind its last k a unit of zeros.
+// The strip, and behind its last k, in the room that strip_bytes_of() has for it, a unit of what leaves any sum as it is, -0 included.
 inline void arrange_anywhere(const ArrangeArgs& args) {
   const int64_t lanes = mask_lanes(args.rows);
   arrange_units<1, 0>(args, lanes);
-  store<DType::f32>(static_cast<float*>(args.strip) + args.k_padded * lanes, set1(0));
+  store<DType::f32>(static_cast<float*>(args.strip) + args.k_padded * lanes, set1(-0.0f));
 }
 
 }  // namespace

@@ -14,7 +14,7 @@ constexpr int few_rows = width == 16 ? 12 : width == 8 ? 6 : 1;
 
 inline int64_t lanes_of(int rows) { return rows <= few_rows ? rows : (rows + width - 1) / width * width; }
 
-// A strip of fewer rows is never larger.
+// A strip of fewer rows is never larger. Behind it there is room for one vector more (lists.h).
 inline int64_t strip_bytes_of(int64_t units, int rows) { return units * ((rows + width - 1) / width * width) * 4 + 64; }
 
 // lanes: rows or more. flip: what is exclusive-ored to the codes.
