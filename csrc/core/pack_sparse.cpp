@@ -219,8 +219,8 @@ int64_t pack_lists(const Values<float>& value, int64_t first, const Masks& of_k,
   return at;
 }
 
-// Lists cost as many bytes again. They pay for few rows with up to 35 % of the values, unless a channel with many makes lines of which
-// three quarters are empty.
+// Lists cost as many bytes again. They pay for few rows with up to 35 % of the values, unless a channel with many makes lines of
+// which three quarters are empty.
 bool worth_lists(const Masks& masks, int64_t stored, int64_t all) {
   int64_t places = 0;
   for (size_t i = 0; i < masks.size(); i += half_panel) {
