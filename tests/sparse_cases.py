@@ -13,15 +13,19 @@ import pytest
 import torch
 
 import cases
+import halfbyte as hb
 from cases import FILLINGS
 from corecall import CODE, place
 from halfbyte import _core
+from halfbyte.quantized_tensor import to_nibbles
 from halfbyte.sparse.pattern import Pattern
 
 INT8 = ("spmm_block_w8a8", "spmm_nm_w8a8", "spmm_unstructured_w8a8")
+CODES = (*INT8, "spmm_block_w4a8")
 FLOAT = ("spmm_block_f32", "spmm_block_bf16", "spmm_unstructured_f32")
 PATTERNS = {
     "spmm_block_w8a8": ("block16x4",),
+    "spmm_block_w4a8": ("block16x4",),
     "spmm_nm_w8a8": ("2:4", "1:4", "4:8"),
     "spmm_unstructured_w8a8": ("unstructured",),
     "spmm_block_f32": ("block16x1",),
@@ -67,16 +71,16 @@ class Sparse:
         return mask(Pattern.parse(self.pattern), self.n, self.k, self.kept, rng)
 
     def operands(self):
-        """x float32 [m, k], weight [n, k] (int8 codes, or float32), scale, bias [n], residual [m, n]."""
+        """x float32 [m, k], weight [n, k] (codes in int8, or float32), scale, bias [n], residual [m, n]."""
         rng = cases.rng_for((self.op, self.pattern, self.m, self.n, self.k, self.kept, self.x, self.w))
         x = cases.fill_rows(self.x, self.m, self.k, rng)
-        if self.op in INT8:
-            shape = self.n, self.k
+        if self.op in CODES:
+            shape, high = (self.n, self.k), 127 if self.op in INT8 else 7
             codes = {
-                "normal": lambda: np.clip(np.rint(40 * rng.standard_normal(shape)), -127, 127),
-                "full": lambda: rng.integers(-128, 128, shape),
-                "max": lambda: np.full(shape, 127),
-                "min": lambda: np.full(shape, -128),
+                "normal": lambda: np.clip(np.rint(high / 3 * rng.standard_normal(shape)), -high, high),
+                "full": lambda: rng.integers(-high - 1, high + 1, shape),
+                "max": lambda: np.full(shape, high),
+                "min": lambda: np.full(shape, -high - 1),
             }
             weight = (codes[self.w]() * self.mask(rng)).astype(np.int8)
         else:
@@ -112,12 +116,36 @@ def mask(pattern: Pattern, n: int, k: int, kept: str, rng: np.random.Generator) 
     return keep
 
 
+def group_scales(op: str, n: int, k: int) -> tuple[int, torch.Tensor | None]:
+    """The group of an int4 weight of that shape, and its scales: float16, or float32 that are no float16."""
+    if op in INT8:
+        return 0, None
+    group = (32, 64, 128)[k % 3]
+    groups = -(-k // group)
+    scale = 2 ** (torch.arange(n * groups) * 0.37 % 9 - 6).reshape(n, groups)
+    return group, scale if k % 2 else scale.half()
+
+
+def dense(op: str, codes: torch.Tensor, scale: torch.Tensor) -> hb.QuantizedTensor:
+    """The weight that `pack` makes of codes, zeros included."""
+    k, (group, group_scale) = codes.shape[1], group_scales(op, *codes.shape)
+    if group_scale is None:
+        return hb.QuantizedTensor(codes, scale, hb.Scheme(8, 8))
+    nibbles = torch.from_numpy(to_nibbles((codes + 8).numpy().astype(np.uint8)))
+    return hb.QuantizedTensor(nibbles, scale, hb.Scheme(4, 8, group), k, group_scale)
+
+
 def pack(op: str, weight: torch.Tensor, scale=None, *, pattern="", layout="dense", threads=1, **options):
-    """The core's pack of a dense weight: int8 codes with `scale` [n], or floats; placed as `layout` says."""
+    """The core's pack of a dense weight: codes in int8 with `scale` [n], or floats; placed by `layout`."""
     parsed = Pattern.parse(pattern or PATTERNS[op][0])
     placed = place(weight, layout)
     scales = None if scale is None else place(scale[None], layout)
     groups = {"nonzero": parsed.n, "of": parsed.m} if parsed.kind == "nm" else {}
+    if op in CODES and op not in INT8:
+        group, group_scale = group_scales(op, *weight.shape)
+        placed_scales = place(group_scale, "unaligned" if layout in ("unaligned", "both") else "dense")
+        groups = {"group": group, "group_scale": placed_scales.ptr}
+        groups["group_scale_type"] = CODE[group_scale.dtype]
     return _core.pack_sparse(
         op,
         placed.ptr,
@@ -132,10 +160,8 @@ def pack(op: str, weight: torch.Tensor, scale=None, *, pattern="", layout="dense
 
 def pack_case(case: Sparse, weight: torch.Tensor, scale: torch.Tensor):
     """The pack of what `case.operands()` gives."""
-    scale = scale if case.op in INT8 else None
-    return pack(
-        case.op, weight, scale, pattern=case.pattern, layout=case.layout, threads=case.threads
-    )
+    scale = scale if case.op in CODES else None
+    return pack(case.op, weight, scale, pattern=case.pattern, layout=case.layout, threads=case.threads)
 
 
 def _cases(op: str) -> list[Sparse]:
@@ -155,9 +181,9 @@ def _cases(op: str) -> list[Sparse]:
         for kept in KEPT
         for m in (1, 3, 25)
     ]  # fmt: skip
-    fillings = FILLINGS if op in INT8 else ("normal", "onesided", "outlier", "onehot")
+    fillings = FILLINGS if op in CODES else ("normal", "onesided", "outlier", "onehot")
     some += [Sparse(op, patterns[0], m, 35, 70, "0.5", x) for m in (1, 14) for x in fillings]
-    if op in INT8:
+    if op in CODES:
         some += [
             Sparse(op, pattern, m, 34, 67, kept, x, w)
             for pattern in patterns

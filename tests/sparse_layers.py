@@ -9,9 +9,11 @@ from torch.nn.utils import prune
 import halfbyte as hb
 from halfbyte.sparse.pattern import Pattern
 from halfbyte.sparse.scheme import NAMES, SparseScheme
+from models import Model
 
-INT8 = [name for name in NAMES if name.startswith("w8a8")]
-FLOAT = [name for name in NAMES if not name.startswith("w8a8")]
+CODES = [name for name in NAMES if SparseScheme.parse(name).quantized]
+FLOAT = [name for name in NAMES if name not in CODES]
+LINEARS = [*(f"blocks.{i}.{name}" for i in range(3) for name in ("up", "down")), "head"]  # of Model
 # Rows and columns that no block and no group divides, that all do, and less than one block.
 SHAPES = [(33, 70), (32, 64), (5, 7), (1, 1), (16, 3), (50, 16)]
 
@@ -41,10 +43,18 @@ def prune_linear(linear: nn.Linear, pattern, amount=0.6):
     return linear
 
 
-def dense(tensor: hb.SparseTensor) -> hb.QuantizedTensor:
-    """The same int8 weight with its zeros."""
-    return hb.QuantizedTensor(tensor.codes(), tensor.scale, hb.Scheme.parse("w8a8"))
-
-
 def sparse_layers(model):
     return {name: m for name, m in model.named_modules() if isinstance(m, hb.SparseLinear)}
+
+
+def masked_model(pattern="unstructured", amount=0.8, model=None, but=()):
+    """A model whose linear layers have masks."""
+    model = (Model() if model is None else model).eval()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name not in but:
+            prune_linear(module, pattern, amount)
+    return model
+
+
+def schemes(model):
+    return {name: str(layer.scheme) for name, layer in sparse_layers(model).items()}

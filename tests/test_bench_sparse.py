@@ -68,7 +68,9 @@ def fake_worker(task, copies=1):
 # bench sparse
 
 
-@pytest.mark.parametrize("scheme", ["f32+block16x1", "w8a8+block16x4", "w8a8+unstructured", "bf16+block16x1"])
+@pytest.mark.parametrize("scheme", [
+    "f32+block16x1", "w8a8+block16x4", "w4a8_g64+block16x4", "w8a8+unstructured", "bf16+block16x1",
+])  # fmt: skip
 def test_numbers_come_from_the_samples(capsys, tmp_path, scheme):
     file = tmp_path / "result.json"
     status, out = bench(
@@ -82,7 +84,7 @@ def test_numbers_come_from_the_samples(capsys, tmp_path, scheme):
         m, n, k = shape["m"], shape["n"], shape["k"]
         ceilings = shape["ceiling_samples"]
         ours, *others = shape["rows"]
-        names = [sparse.DENSE, "torch-fp32"] if scheme.startswith("w8a8") else ["torch-fp32"]
+        names = [sparse.DENSE, "torch-fp32"] if SparseScheme.parse(scheme).quantized else ["torch-fp32"]
         assert [row["name"] for row in others] == names and shape["unavailable"] == {}
         assert ours["name"] == "halfbyte" and shape["kernel"] in ours["note"]
         pruned = sparse.prune(
@@ -98,14 +100,16 @@ def test_numbers_come_from_the_samples(capsys, tmp_path, scheme):
             assert len(row["samples_us"]) == 3 and row["us"] == statistics.median(row["samples_us"])
             assert row["gops"] == pytest.approx(2 * m * n * k / row["us"] / 1e3)
             operations = {"halfbyte": 2 * m * nonzero, sparse.DENSE: 2 * m * n * k}.get(row["name"])
-            if operations and scheme.startswith("w8a8") and "int8 peak" in ceilings:
+            if operations and SparseScheme.parse(scheme).quantized and "int8 peak" in ceilings:
                 rate = [operations / us * 1e6 for us in row["samples_us"]]
                 assert row["of_peak"] == pytest.approx(ratios(rate, ceilings["int8 peak"]))
             else:
                 assert row["of_peak"] is None
         for row in others:
             assert row["ours_is_faster_by"] == pytest.approx(ratios(row["samples_us"], ours["samples_us"]))
-        assert ours["error"] < sparse._ERROR_LIMITS[scheme.partition("+")[0]]
+        values = SparseScheme.parse(scheme).values
+        limit = sparse._ERROR_LIMITS.get(values) or linear.error_limit(hb.Scheme.parse(values))
+        assert ours["error"] < limit
     for style in ("table", "markdown"):
         text = render.render(result, style)
         for row in others:

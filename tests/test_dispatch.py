@@ -60,6 +60,7 @@ GOLDEN = {
     "attention": FLOATS,
     "linear_f32": FLOATS,
     "spmm_block_w8a8": BLOCKS,
+    "spmm_block_w4a8": BLOCKS,
     "spmm_nm_w8a8": WINDOWS,
     "spmm_unstructured_w8a8": WINDOWS,
     "spmm_block_f32": FLOATS,

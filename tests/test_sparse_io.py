@@ -16,7 +16,7 @@ from halfbyte import io, manifest
 from halfbyte.cli.inspect import examine
 from halfbyte.sparse.scheme import NAMES
 from models import TOKENS, Model, report
-from sparse_layers import INT8, SHAPES, prune_linear, sparse, sparse_layers
+from sparse_layers import CODES, SHAPES, prune_linear, sparse, sparse_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread_of_torch")
 schemes = pytest.mark.parametrize("name", NAMES)
@@ -31,7 +31,7 @@ def mixed(name):
     hb.quantize_(model, exclude="blocks.1.up", progress=False)
     assert set(sparse_layers(model)) == {"blocks.0.up", "blocks.0.down", "head"}
     model.head.activation = "relu"
-    if name in INT8:
+    if name in CODES:
         model.blocks[0].up.static = (0.03, 2)
     return model
 
@@ -192,8 +192,8 @@ def test_inspect(name, tmp_path, capsys):
     head = found["head"]
     assert (head["kind"], head["scheme"], head["activation"]) == ("sparse", name, "relu")
     assert head["bytes"] == model.head.sparse.nbytes + model.head.bias.nbytes
-    assert head["input_codes"] == ("per token" if name in INT8 else "none")
-    assert found["blocks.0.up"]["input_codes"] == ("fixed scale" if name in INT8 else "none")
+    assert head["input_codes"] == ("per token" if name in CODES else "none")
+    assert found["blocks.0.up"]["input_codes"] == ("fixed scale" if name in CODES else "none")
     assert main(["inspect", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert name in text and "quantized or sparse layers" in text

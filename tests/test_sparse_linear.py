@@ -17,11 +17,11 @@ from corecall import same
 from halfbyte import _core, packed_layer
 from halfbyte.sparse import linear as sparse_linear_module
 from halfbyte.sparse.scheme import NAMES
-from sparse_layers import FLOAT, INT8, dense, pruned, sparse
+from sparse_layers import CODES, FLOAT, pruned, sparse
 
 pytestmark = pytest.mark.usefixtures("one_thread_of_torch")
 schemes = pytest.mark.parametrize("name", NAMES)
-int8 = pytest.mark.parametrize("name", INT8)
+codes = pytest.mark.parametrize("name", CODES)
 N, K = 33, 70
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -41,7 +41,7 @@ def close(y, x, weight, bias):
 
 def want(layer, x):
     """Of an int8 layer: what the QLinear with the same codes gives."""
-    twin = hb.QLinear(dense(layer.sparse), layer.bias, activation=layer.activation)
+    twin = hb.QLinear(layer.sparse.to_quantized(), layer.bias, activation=layer.activation)
     twin.static = layer.static
     return twin(x)
 
@@ -80,7 +80,7 @@ def test_the_short_way_is_taken(name, monkeypatch):
         assert layer(other).shape == (*other.shape[:-1], N)
 
 
-@int8
+@codes
 @pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
 def test_activations_and_static_scales(name, activation):
     layer, x = make(name, activation=activation), torch.randn(9, K)
@@ -159,7 +159,7 @@ def test_a_changed_buffer_is_packed_again(name):
     values = layer.weight_values
     values.neg_()
     assert not torch.equal(check(layer, x), y)
-    values.data = values.data * 0
+    values.data = torch.full_like(values, 0x88 if layer.scheme.group else 0)  # two codes of 0 in a byte
     same(check(layer, x), layer.bias.expand(3, N))
     layer.weight_values = sparse((N, K), name).values
     same(check(layer, x), y)
@@ -186,7 +186,7 @@ def test_layers_made_in_inference_mode_count_their_changes():
 @schemes
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
 def test_copies(name, way):
-    layer, x = make(name, name="up", activation="relu" if name in INT8 else "none"), torch.randn(3, K)
+    layer, x = make(name, name="up", activation="relu" if name in CODES else "none"), torch.randn(3, K)
     y = check(layer, x)
     if way == "deepcopy":
         twin = copy.deepcopy(layer)
@@ -227,6 +227,7 @@ def test_state_dicts_of_other_zeros(name):
     assert layer.static == other.static and layer.density == other.density
     names = {"positions"} if "crow" not in other.sparse.parts() else {"crow", "columns"}
     names |= {"values"} | ({"scale"} if layer.scheme.per_token else set())
+    names |= {"group_scale"} if layer.scheme.group else set()
     own = {f"weight_{part}" for part in names} | {"bias"}
     assert set(other.state_dict()) - {"input_scale", "input_zero"} == own
 
@@ -275,18 +276,22 @@ def test_a_damaged_state_is_noticed():
 # The functions
 
 
-@int8
+@codes
 def test_linear_on_numpy_and_torch(name):
     tensor = sparse((N, K), name)
-    packed, twin = hb.pack(tensor), hb.pack(dense(tensor))
+    packed, twin = hb.pack(tensor), hb.pack(tensor.to_quantized())
     x, bias, residual = torch.randn(6, K), torch.randn(N), torch.randn(6, N)
     for options in ({}, {"activation": "gelu", "residual": residual}, {"static": (0.02, 3)}):
         y = hb.linear(x, packed, bias, **options)
         same(y, hb.linear(x, twin, bias, **options))
         arrays = {k: v.numpy() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
         same(torch.from_numpy(hb.linear(x.numpy(), packed, bias.numpy(), **arrays)), y)
-    accumulated = hb.linear(x, packed, out_dtype=torch.int32)
-    same(accumulated, hb.linear(x, twin, out_dtype=torch.int32))
+    if tensor.scheme.group:
+        with pytest.raises(ValueError, match=f"one integer sum .*; {name} adds floats".replace("+", ".")):
+            hb.linear(x, packed, out_dtype=torch.int32)
+    else:
+        accumulated = hb.linear(x, packed, out_dtype=torch.int32)
+        same(accumulated, hb.linear(x, twin, out_dtype=torch.int32))
     from_numpy = hb.pack(hb.sparsify(pruned((N, K), name).numpy(), name))
     same(torch.from_numpy(hb.linear(x.numpy(), from_numpy)), hb.linear(x, packed))
 
@@ -316,8 +321,8 @@ def test_several_weights(name):
     y = hb.gated_linear(x, packs[0], gate, biases[0])
     up, gated = hb.linear(x, packs[0], biases[0]), hb.linear(x, gate, activation="silu")
     torch.testing.assert_close(y, up * gated, rtol=1e-6, atol=1e-6)
-    if name in INT8:
-        twins = [hb.pack(dense(t)) for t in tensors]
+    if name in CODES:
+        twins = [hb.pack(t.to_quantized()) for t in tensors]
         for y, own in zip(hb.linears(x, twins, biases), hb.linears(x, packs, biases), strict=True):
             same(own, y)
     other = hb.pack(sparse((N, K), next(n for n in NAMES if n != name)))

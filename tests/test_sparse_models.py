@@ -17,7 +17,7 @@ from halfbyte.sparse.cost import predicted_break_even
 from halfbyte.sparse.scheme import NAMES
 from models import TOKENS, Model
 from profiles import checked, rows
-from sparse_layers import INT8, dense, prune_linear, sparse, sparse_layers
+from sparse_layers import CODES, prune_linear, sparse, sparse_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread_of_torch")
 schemes = pytest.mark.parametrize("name", NAMES)
@@ -38,7 +38,7 @@ def densely(model):
     """The same model with dense layers of the same codes in the place of int8 sparse ones."""
     model = copy.deepcopy(model)
     for name, layer in sparse_layers(model).items():
-        twin = hb.QLinear(dense(layer.sparse), layer.bias, activation=layer.activation)
+        twin = hb.QLinear(layer.sparse.to_quantized(), layer.bias, activation=layer.activation)
         twin.static = layer.static
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, twin)
@@ -48,7 +48,7 @@ def densely(model):
 # calibrate
 
 
-@pytest.mark.parametrize("name", INT8)
+@pytest.mark.parametrize("name", CODES)
 def test_calibrate(name):
     model = make_sparse(Model(1).eval(), name)
     model.blocks[0].down = nn.Linear(32, 16)
@@ -91,7 +91,7 @@ def test_bert(name):
             with fused_calls(model):
                 got = model(ids).last_hidden_state
         assert torch.cosine_similarity(got.flatten(), want.flatten(), 0) > 0.9999
-        if name in INT8:
+        if name in CODES:
             twin = hb.fuse_(densely(hb.unfuse_(model)))
             with torch.no_grad():
                 same(twin(ids).last_hidden_state, got)
@@ -117,7 +117,7 @@ def test_llama_with_a_cache(name):
         past = model(ids[:, :5]).past_key_values
         step = model(ids[:, 5:], past_key_values=past).logits
     assert torch.cosine_similarity(step.flatten(), got[:, 5:].flatten(), 0) > 0.9999
-    if name in INT8:
+    if name in CODES:
         with torch.no_grad():
             same(hb.fuse_(densely(hb.unfuse_(model)))(ids, use_cache=False).logits, got)
 
@@ -209,7 +209,7 @@ def test_summary(name):
     assert up.density == layer.density and up.break_even == predicted_break_even(name)
     assert up.float_bytes == 4 * (16 * 32 + 32)
     assert up.bytes == layer.sparse.nbytes + layer.bias.nbytes + layer._prepare().nbytes
-    assert up.ms > 0 and up.float_ms > 0 and up.error < (0.05 if name in INT8 else 1e-6)
+    assert up.ms > 0 and up.float_ms > 0 and up.error < (0.05 if name in CODES else 1e-6)
     text = str(summary)
     assert "break-even sparsity" in text and "3 of 3 linear layers quantized or sparse" in text
     plain = hb.summary(hb.quantize_(Model(1), progress=False))

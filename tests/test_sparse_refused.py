@@ -85,6 +85,9 @@ def test_bfloat16_that_overflows():
         hb.sparsify(torch.full((2, 2), 3.4e38), "bf16+block16x1")
 
 
+INT4 = "w4a8_g32+block16x4"
+
+
 def change(name, **parts):
     """A SparseTensor 33 x 70 with other parts."""
     tensor = sparse((33, 70), name)
@@ -129,6 +132,21 @@ REFUSED = {
     "behind the last feature": (
         change("f32+2:4", values=put((5, -1), 1.0), positions=put((5, -1), 0x31)),
         hb.PatternError, "values of row 5: .* behind its last feature, 69",
+    ),
+    "no group scale": (change(INT4, group_scale=None), hb.ShapeError, "lacks group_scale"),
+    "a group scale": (change("w8a8+2:4", group_scale=torch.ones(33, 1)), hb.ShapeError, "takes no group"),
+    "int8 nibbles": (change(INT4, values=lambda v: v.char()), hb.DTypeError, "values has the"),
+    "whole bytes": (change(INT4, values=lambda v: v.repeat(1, 1, 2)), hb.ShapeError, "values has"),
+    "other groups": (change(INT4, group_scale=lambda s: s[:, :2]), hb.ShapeError, r"\(33, 3\)"),
+    "zero group scale": (
+        change(INT4, group_scale=put((7, 2), 0.0)), ValueError, r"scale\[7, 2\] is not pos",
+    ),
+    "nan group scale": (
+        change(INT4, group_scale=put((7, 2), torch.nan)), hb.NonFiniteError, r"group_scale\[7, 2",
+    ),
+    "nibbles behind the last feature": (
+        change(INT4, values=lambda v: torch.full_like(v, 0x19), columns=put(10, 17)),
+        hb.PatternError, "behind the last column, 69",
     ),
     "columns twice": (change("w8a8+block16x4", columns=put(1, 0)), hb.PatternError, "columns"),
 }  # fmt: skip

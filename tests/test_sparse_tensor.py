@@ -16,7 +16,7 @@ from corecall import same
 from halfbyte.sparse.cost import predicted_break_even, predicted_time
 from halfbyte.sparse.pattern import Pattern
 from halfbyte.sparse.scheme import NAMES
-from sparse_layers import INT8, SHAPES, mask, pruned, sparse
+from sparse_layers import CODES, SHAPES, mask, pruned, sparse
 
 pytestmark = pytest.mark.usefixtures("one_thread_of_torch")
 schemes = pytest.mark.parametrize("name", NAMES)
@@ -25,9 +25,14 @@ SPARSE_TORCH = "ignore:Sparse (CSR|BSR)"  # a beta, says torch
 
 def expected(weight, name):
     """The float32 weight that a scheme stores of one that fits its pattern."""
-    if name.startswith("w8a8"):
-        return hb.quantize(weight).dequantize()
+    if name in CODES:
+        return hb.quantize(weight, dense(name)).dequantize()
     return weight.bfloat16().float() if name.startswith("bf16") else weight
+
+
+def dense(name):
+    """The scheme of the dense weight with the same codes."""
+    return name.partition("+")[0]
 
 
 # Schemes
@@ -40,8 +45,9 @@ def test_schemes_parse_and_print(name):
     values, pattern = name.split("+")
     assert (scheme.values, scheme.pattern) == (values, Pattern.parse(pattern))
     assert scheme == hb.SparseScheme(values, Pattern.parse(pattern)) and len({scheme, scheme}) == 1
-    assert scheme.op.startswith("spmm_") and scheme.op.endswith(values.replace("w8a8", "w8a8"))
-    assert scheme.per_token == (values == "w8a8")
+    assert scheme.op.startswith("spmm_") and scheme.op.endswith(values.partition("_")[0])
+    assert scheme.per_token == scheme.quantized == (values[0] == "w")
+    assert scheme.group == (hb.Scheme.parse(values).group if scheme.quantized else 0)
 
 
 @pytest.mark.parametrize(
@@ -88,12 +94,17 @@ def test_exact(name, shape):
     assert tensor.shape == shape and str(tensor.scheme) == name
     assert tensor.nnz == int((expected(weight, name) != 0).sum())
     assert tensor.nbytes == sum(part.nbytes for part in tensor.parts().values())
-    if name in INT8:
-        same(tensor.codes(), hb.quantize(weight).codes)
-        same(tensor.scale, hb.quantize(weight).scale)
+    if name in CODES:
+        q, twin = hb.quantize(weight, dense(name)), tensor.to_quantized()
+        same(tensor.codes(), q.unpacked())
+        assert (twin.scheme, twin.shape) == (q.scheme, q.shape)
+        for what in ("codes", "scale") + (("group_scale",) if q.scheme.group else ()):
+            same(getattr(twin, what), getattr(q, what), what)
     else:
         with pytest.raises(hb.SchemeError, match="has no codes"):
             tensor.codes()
+        with pytest.raises(hb.SchemeError, match="has no codes"):
+            tensor.to_quantized()
 
 
 @schemes
@@ -108,7 +119,7 @@ def test_numpy_gives_the_same(name):
         assert isinstance(part, np.ndarray)
         same(torch.from_numpy(part), getattr(twin, what), what)
     same(torch.from_numpy(tensor.to_dense()), twin.to_dense())
-    if name in INT8:
+    if name in CODES:
         same(torch.from_numpy(tensor.codes()), twin.codes())
     assert isinstance(tensor.rows(3, 9).values, np.ndarray)
 
@@ -121,20 +132,26 @@ def test_strides_dtypes_and_gradients_of_the_weight_do_not_matter(name):
         same(hb.sparsify(other, name).to_dense(), want)
 
 
-@pytest.mark.parametrize("name", INT8)
+@pytest.mark.parametrize("name", CODES)
 def test_of_a_quantized_tensor(name):
-    q = hb.quantize(pruned((33, 70), name))
+    q = hb.quantize(pruned((33, 70), name), dense(name))
     tensor = hb.sparsify(q, name)
-    same(tensor.codes(), q.codes)
-    assert tensor.scale is q.scale
-    q = dataclasses.replace(q, codes=torch.where(q.codes == 0, q.codes, -128).to(torch.int8))
-    same(hb.sparsify(q, name).codes(), q.codes)
+    same(tensor.codes(), q.unpacked())
+    assert tensor.scale is q.scale and tensor.group_scale is q.group_scale
+    zero, least = (0x88, 0) if q.scheme.group else (0, -128)  # that no float weight is rounded to
+    q = dataclasses.replace(q, codes=torch.where(q.codes == zero, q.codes, least).to(q.codes.dtype))
+    same(hb.sparsify(q, name).codes(), q.unpacked())
 
 
-@pytest.mark.parametrize(("quantized", "name"), [("w8a8", "f32+2:4"), ("w8a8+asym", "w8a8+2:4")])
+@pytest.mark.parametrize(("quantized", "name"), [
+    ("w8a8", "f32+2:4"), ("w8a8+asym", "w8a8+2:4"), ("w4a8_g32", "w8a8+block16x4"),
+    ("w4a8_g32", "w4a8_g64+block16x4"), ("w4a8_g64+asym", "w4a8_g64+block16x4"),
+])  # fmt: skip
 def test_of_another_quantized_tensor(quantized, name):
     q = hb.quantize(pruned((8, 8), name), quantized)
-    with pytest.raises(hb.SchemeError, match=r"only w8a8 can become sparse"):
+    with pytest.raises(
+        hb.SchemeError, match=f"quantized as {q.scheme}, .*cannot become {name}".replace("+", ".")
+    ):
         hb.sparsify(q, name)
 
 
@@ -210,7 +227,7 @@ def test_round_trips(data):
     same(hb.SparseTensor(**tensor.parts(), scheme=tensor.scheme, shape=shape).to_dense(), want)
     wide = {k: p.long() if p.dtype == torch.int32 else p for k, p in tensor.parts().items()}
     same(hb.SparseTensor(**wide, scheme=tensor.scheme, shape=shape).to_dense(), want)
-    floats = name.replace("w8a8+block16x4", "f32+block16x1").replace("w8a8", "f32")
+    floats = "f32+block16x1" if "block16x4" in name else name.replace("w8a8", "f32")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         there = tensor.to_torch()

@@ -15,23 +15,9 @@ from corecall import same
 from halfbyte.modules import float_weight
 from halfbyte.sparse import choose
 from models import TOKENS, Model, assert_untouched, quantized, report, snapshot, tied
-from sparse_layers import mask, prune_linear, sparse_layers
+from sparse_layers import LINEARS, mask, masked_model, prune_linear, schemes, sparse_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread_of_torch")
-LINEARS = [*(f"blocks.{i}.{name}" for i in range(3) for name in ("up", "down")), "head"]
-
-
-def pruned(pattern="unstructured", amount=0.8, model=None, but=()):
-    """A model whose linear layers have masks."""
-    model = (Model() if model is None else model).eval()
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and name not in but:
-            prune_linear(module, pattern, amount)
-    return model
-
-
-def schemes(model):
-    return {name: str(layer.scheme) for name, layer in sparse_layers(model).items()}
 
 
 @pytest.fixture
@@ -68,7 +54,7 @@ def times(monkeypatch):
 )
 @pytest.mark.parametrize("removed", [False, True])
 def test_float_layers(pattern, scheme, removed):
-    model = pruned(pattern)
+    model = masked_model(pattern)
     if removed:
         for module in model.modules():
             if prune.is_pruned(module) and isinstance(module, nn.Linear):
@@ -89,32 +75,8 @@ def test_float_layers(pattern, scheme, removed):
         assert action == "sparse" and reason.startswith(found[name]) and "density" in reason
 
 
-@pytest.mark.parametrize("pattern", ["unstructured", "block16x4", "2:4", "1:4", "4:8"])
-def test_quantized_layers_stay_exact(pattern):
-    model = hb.quantize_(pruned(pattern), progress=False)
-    model.blocks[0].up.static = (0.03, -4)
-    model.blocks[0].up.activation = "relu"
-    want = model(TOKENS)
-    hb.sparsify_(model, "always", progress=False)
-    same(model(TOKENS), want)
-    assert set(sparse_layers(model)) == set(LINEARS) and not quantized(model)
-    assert all(name.startswith("w8a8+") for name in schemes(model).values())
-    assert model.blocks[0].up.static == (pytest.approx(0.03), -4) and model.blocks[0].up.activation == "relu"
-    if pattern == "block16x4":
-        assert schemes(model)["blocks.0.up"] == "w8a8+block16x4"
-
-
-def test_a_scheme_quantizes_on_the_way():
-    model = pruned("block16x4")
-    twin = hb.quantize_(copy.deepcopy(model), progress=False)
-    hb.sparsify_(model, "always", scheme="w8a8+block16x4", progress=False)
-    assert set(schemes(model).values()) == {"w8a8+block16x4"}
-    same(model(TOKENS), twin(TOKENS))
-    assert not schemes(hb.sparsify_(pruned("block16x4"), "always", pattern="block16x4"))
-
-
 def test_bfloat16_layers():
-    model = pruned("block16x1", model=Model().bfloat16())
+    model = masked_model("block16x1", model=Model().bfloat16())
     weight = float_weight(model.blocks[0].up).float()
     up = hb.sparsify_(model, "always", progress=False).blocks[0].up
     assert str(up.scheme) == "bf16+block16x1" and up.float_dtype == torch.bfloat16
@@ -122,20 +84,23 @@ def test_bfloat16_layers():
 
 
 def test_only_one_pattern():
-    model = hb.sparsify_(pruned("1:4"), "always", pattern="2:4")
+    model = hb.sparsify_(masked_model("1:4"), "always", pattern="2:4")
     assert set(schemes(model).values()) == {"f32+2:4"}
-    model = hb.sparsify_(pruned("unstructured", amount=0.5), "always", pattern="2:4")
+    model = hb.sparsify_(masked_model("unstructured", amount=0.5), "always", pattern="2:4")
     assert not schemes(model)
     reason = report(model)["head"][1]
     assert reason == "50% of its weights are 0, and none of 2:4 leaves out 10% of it: prune it first"
-    model = hb.sparsify_(hb.quantize_(pruned("2:4"), progress=False), "always", scheme="f32+2:4")
-    assert "its weights are int8; allowed is f32+2:4, which takes float weights" in report(model)["head"][1]
-    model = hb.sparsify_(pruned("block16x4"), "always", pattern="block16x4")
-    assert "are floats; allowed is w8a8+block16x4, which needs scheme=" in report(model)["head"][1]
+    model = hb.sparsify_(hb.quantize_(masked_model("2:4"), progress=False), "always", scheme="f32+2:4")
+    assert "its weights are w8a8; allowed is f32+2:4, which takes others" in report(model)["head"][1]
+    model = hb.sparsify_(masked_model("block16x4"), "always", pattern="block16x4")
+    reason = report(model)["head"][1]
+    assert (
+        "are floats; allowed is w8a8+block16x4, w4a8_g32+block16x4, " in reason and "needs scheme=" in reason
+    )
 
 
 def test_layers_without_zeros_stay():
-    model = hb.sparsify_(pruned("block16x1", but=["head", "blocks.1.up"]), "always")
+    model = hb.sparsify_(masked_model("block16x1", but=["head", "blocks.1.up"]), "always")
     assert set(schemes(model)) == set(LINEARS) - {"head", "blocks.1.up"}
     action, reason = report(model)["blocks.1.up"]
     assert action == "float" and reason.startswith("0% of its weights are 0, and none of block")
@@ -152,7 +117,7 @@ def test_layers_without_zeros_stay():
 
 def test_faster(times):
     asked = times(1.0, 0.9, 0.5)
-    model = hb.sparsify_(pruned("block16x1", 0.5))
+    model = hb.sparsify_(masked_model("block16x1", 0.5))
     ops = {layer.scheme.op for layer in sparse_layers(model).values()}
     assert ops == {"spmm_unstructured_f32"}, "the second of two is the fastest"
     assert asked == [3] * len(LINEARS)
@@ -164,7 +129,7 @@ def test_faster(times):
 @pytest.mark.parametrize(("took", "converted"), [(0.94, True), (0.96, False), (1.5, False)])
 def test_the_margin(times, took, converted):
     times(1.0, took)
-    model = pruned("2:4")
+    model = masked_model("2:4")
     before = snapshot(model)
     hb.sparsify_(model, pattern="2:4")
     assert bool(schemes(model)) == converted
@@ -228,7 +193,7 @@ def test_calls_of_any_kind_and_their_errors(times):
 
 def test_what_is_predicted_to_be_slow_is_not_measured(times):
     asked = times(1.0, 0.5)
-    model = hb.sparsify_(hb.quantize_(pruned(amount=0.15), "w8a8"), include="blocks.0.up")
+    model = hb.sparsify_(hb.quantize_(masked_model(amount=0.15), "w8a8"), include="blocks.0.up")
     reason = report(model)["blocks.0.up"][1]
     assert not asked and re.search(r"is predicted to take 2\.\d\d times as long", reason)
 
@@ -267,14 +232,14 @@ def test_smaller_than_a_pack(freed):
 
 
 def test_include_exclude_and_what_cannot_change():
-    model = pruned("2:4", model=Model(2))
+    model = masked_model("2:4", model=Model(2))
     model.blocks[0].up.register_forward_hook(lambda *_: None)
     hb.quantize_(model, {"blocks.1.up": "w8a16", "_default": None})
     hb.sparsify_(model, "always", exclude="head")
     assert set(schemes(model)) == {"blocks.0.down", "blocks.1.down"}
     assert report(model)["head"] == ("float", "excluded")
     assert report(model)["blocks.0.up"] == ("float", "it has hooks, which a replacement would lose")
-    reason = "no sparse kernel has the numbers of w8a16, only w8a8"
+    reason = "no sparse kernel has the numbers of w8a16, only of w8a8, w4a8_g32, w4a8_g64, w4a8_g128"
     assert report(model)["blocks.1.up"] == ("quantized", reason)
     with pytest.warns(UserWarning, match="no layer has a name that fits 'nothing'"):
         hb.sparsify_(model, "always", include=["nothing", "re:blocks.*"])
@@ -282,7 +247,7 @@ def test_include_exclude_and_what_cannot_change():
 
 
 def test_hooks_of_quantized_layers_and_subclasses():
-    model = hb.quantize_(pruned("2:4", model=Model(1)), include="head", progress=False)
+    model = hb.quantize_(masked_model("2:4", model=Model(1)), include="head", progress=False)
     model.head.register_forward_pre_hook(lambda *_: None)
 
     class Mine(nn.Linear):
@@ -343,7 +308,7 @@ def test_a_layer_alone_and_conv1d():
 
 
 def test_codes_that_pack_has_freed():
-    model = hb.pack_(hb.quantize_(pruned("2:4"), progress=False))
+    model = hb.pack_(hb.quantize_(masked_model("2:4"), progress=False))
     want = model(TOKENS)
     hb.sparsify_(model, "always", include="blocks.0.*")
     same(model(TOKENS), want)
@@ -353,7 +318,7 @@ def test_codes_that_pack_has_freed():
 
 
 def test_attributes_move_on():
-    model = pruned("2:4")
+    model = masked_model("2:4")
     model.head.note = "mine"
     hb.sparsify_(model, "always")
     assert model.head.note == "mine"
@@ -365,14 +330,14 @@ def test_attributes_move_on():
 
 
 def test_an_error_leaves_the_model_as_it_was():
-    model = pruned("2:4")
+    model = masked_model("2:4")
     with torch.no_grad():
         model.head.weight_orig[3, :8] = torch.nan
     before = snapshot(model)
     with pytest.raises(hb.NonFiniteError, match=r"head\.weight holds a NaN .* row 3"):
         hb.sparsify_(model, "always", progress=False)
     assert_untouched(model, before)
-    model = pruned("2:4")
+    model = masked_model("2:4")
     before = snapshot(model)
     for options, error, message in (
         ({"when": "best"}, ValueError, "when is 'best'; it must be one of faster, smaller, always"),

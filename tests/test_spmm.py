@@ -1,7 +1,8 @@
 """Every sparse op x every kernel this machine can run x every case of sparse_cases.py.
 
-int8: what the dense op and the reference give for the same codes, bit for bit. float: as close to the float64
-product as the bound of its op.h, and what linear_f32 gives, bit for bit, but for the exception there.
+int8: what the dense op and the reference give for the same codes, bit for bit; int4: what the dense op gives.
+float: as close to the float64 product as the bound of its op.h, and what linear_f32 gives, bit for bit, but
+for the exception there.
 """
 
 from __future__ import annotations
@@ -17,18 +18,19 @@ from hypothesis import strategies as st
 
 import cases
 import corecall
-import halfbyte as hb
 from corecall import linear, same
 from halfbyte import _core
 from halfbyte.reference import linear_ref
 from sparse_cases import (
     CASES,
+    CODES,
     EPILOGUE,
     FLOAT,
     INT8,
     KERNELS,
     PATTERNS,
     Sparse,
+    dense,
     each_kernel,
     force,
     kernels_of,
@@ -39,10 +41,6 @@ from sparse_cases import (
 DTYPE = {name: getattr(torch, name) for name in cases.FLOAT_DTYPES}
 U = 2.0**-24
 pytestmark = pytest.mark.usefixtures("one_thread_of_torch")
-
-
-def dense(codes: torch.Tensor, scale: torch.Tensor) -> hb.QuantizedTensor:
-    return hb.QuantizedTensor(codes, scale, hb.Scheme(8, 8))
 
 
 def stored(op: str, weight: torch.Tensor) -> torch.Tensor:
@@ -74,7 +72,7 @@ def _operands(case: Sparse):
 @functools.lru_cache(maxsize=64)
 def _expected(case: Sparse):
     x, codes, scale, bias, _ = _operands(case)
-    q = dense(codes, scale)
+    q = dense(case.op, codes, scale)
     return linear_ref(x, q, out_dtype=torch.int32), linear_ref(x, q, bias)
 
 
@@ -118,7 +116,23 @@ def test_int8(kernel, case):
     same(linear(packed, x, out_dtype=torch.int32, **where)[finite], acc[finite], "int32 accumulators")
     got = linear(packed, x, bias=bias, **where)
     same(got, want, "float32 output")
-    same(got, linear(corecall.pack(dense(codes, scale)), x, bias=bias), "float32 output of the dense op")
+    same(
+        got,
+        linear(corecall.pack(dense(case.op, codes, scale)), x, bias=bias),
+        "float32 output of the dense op",
+    )
+
+
+@kernels_of(CASES["spmm_block_w4a8"])
+def test_int4(kernel, case):
+    """What the dense op gives, which test_grouped_linear.py holds to the reference."""
+    force(kernel)
+    x, codes, scale, bias, _ = operands(case)
+    packed = pack_case(case, codes, scale)
+    assert (packed.op, packed.n, packed.k) == (case.op, case.n, case.k)
+    assert packed.stored >= int((codes != 0).sum())
+    got = linear(packed, x, bias=bias, layout=case.layout, threads=case.threads)
+    same(got, linear(corecall.pack(dense(case.op, codes, scale)), x, bias=bias), "output of the dense op")
 
 
 @kernels_of([case for op in FLOAT for case in CASES[op]])
@@ -139,13 +153,13 @@ def test_float(kernel, case):
 
 @pytest.mark.parametrize("x_dtype, out_dtype", list(itertools.product(cases.FLOAT_DTYPES, repeat=2)))
 @pytest.mark.parametrize("static", (None, *cases.STATIC), ids=str)
-@each_kernel(INT8)
-def test_int8_epilogues(op, kernel, static, x_dtype, out_dtype):
+@each_kernel(CODES)
+def test_epilogues_of_codes(op, kernel, static, x_dtype, out_dtype):
     """Of the dense op, for every activation."""
     force(kernel)
     for i, case in enumerate(EPILOGUE[op]):
         x, codes, scale, bias, residual = operands(case)
-        packed, twin = pack_case(case, codes, scale), corecall.pack(dense(codes, scale))
+        packed, twin = pack_case(case, codes, scale), corecall.pack(dense(case.op, codes, scale))
         x, r = x.to(DTYPE[x_dtype]), residual.to(DTYPE[cases.FLOAT_DTYPES[i % 3]])
         for activation, b, res in itertools.product(cases.ACTIVATIONS, (None, bias), (None, r)):
             options = {"bias": b, "activation": activation, "residual": res, "static": static}
@@ -206,7 +220,7 @@ def test_other_rows_do_not_show(op, kernel):
     force(kernel)
     for m in (2, 5, 13, 30, 60):
         x, weight, scale, *_ = Sparse(op, PATTERNS[op][0], m, 65, 70).operands()
-        packed = pack(op, weight, scale if op in INT8 else None)
+        packed = pack(op, weight, scale if op in CODES else None)
         y = linear(packed, x)
         for i in {0, m // 2, m - 1}:
             other = torch.randn(m, 70)
@@ -235,8 +249,8 @@ def test_float_rows_with_nan_and_infinity(op, kernel, bad):
         same(y[others], clean[others])
 
 
-@each_kernel(INT8)
-def test_int8_rows_with_nan_and_infinity_become_nan(op, kernel):
+@each_kernel(CODES)
+def test_rows_of_codes_with_nan_and_infinity_become_nan(op, kernel):
     force(kernel)
     for m, kept in ((4, "0.5"), (30, "0")):
         x, codes, scale, bias, _ = Sparse(op, PATTERNS[op][0], m, 65, 70, kept).operands()
@@ -264,7 +278,7 @@ def test_any_shape(op, m, n, k, kept, seed, threads):
     case = Sparse(op, pattern, m, n, k, str(kept), threads=threads)
     x, weight, scale, bias, _ = case.operands()
     got = linear(pack_case(case, weight, scale), x, bias=bias, threads=threads)
-    if op in INT8:
-        same(got, linear_ref(x, dense(weight, scale), bias))
+    if op in CODES:
+        same(got, linear(corecall.pack(dense(op, weight, scale)), x, bias=bias))
     else:
         check_float(got, *_exact(dataclasses.replace(case, threads=1)), bias)

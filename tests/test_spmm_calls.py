@@ -8,7 +8,7 @@ import torch
 import corecall
 from corecall import Placed, linear, same
 from halfbyte import _core
-from sparse_cases import FLOAT, INT8, PATTERNS, Sparse, each_kernel, force, pack, pack_case
+from sparse_cases import CODES, FLOAT, INT8, PATTERNS, Sparse, each_kernel, force, pack, pack_case
 
 pytestmark = pytest.mark.usefixtures("one_thread_of_torch")
 
@@ -16,14 +16,14 @@ pytestmark = pytest.mark.usefixtures("one_thread_of_torch")
 def some_weight(op: str, m: int, n: int, kept: str = "0.5"):
     """A packed weight of 70 features, and a bias."""
     _, weight, scale, bias, _ = Sparse(op, PATTERNS[op][0], m, n, 70, kept).operands()
-    return pack(op, weight, scale if op in INT8 else None), bias
+    return pack(op, weight, scale if op in CODES else None), bias
 
 
 @pytest.mark.parametrize("n, k", [(0, 0), (0, 5), (33, 0)])
 @pytest.mark.parametrize("op", PATTERNS)
 def test_no_channels_and_no_features(op, n, k):
-    dtype = torch.int8 if op in INT8 else torch.float32
-    packed = pack(op, torch.zeros(n, k, dtype=dtype), torch.ones(n) if op in INT8 else None)
+    dtype = torch.int8 if op in CODES else torch.float32
+    packed = pack(op, torch.zeros(n, k, dtype=dtype), torch.ones(n) if op in CODES else None)
     bias = torch.randn(n)
     same(linear(packed, torch.randn(3, k), bias=bias), bias.expand(3, n).contiguous())
 
@@ -36,7 +36,7 @@ def test_fewer_values_are_fewer_bytes(op):
         _, weight, scale, *_ = case.operands()
         packed = pack_case(case, weight, scale)
         sizes.append((packed.stored, packed.nbytes))
-        per_value = {"spmm_block_bf16": 2}.get(op, 1 if op in INT8 else 4)
+        per_value = {"spmm_block_bf16": 2, "spmm_block_w4a8": 0.5}.get(op, 1 if op in INT8 else 4)
         assert packed.nbytes >= per_value * packed.stored
     if op == "spmm_nm_w8a8":  # groups have a fixed number of values, zeros or not
         assert len({stored for stored, _ in sizes}) == 1 and sizes[0][0] == 256 * 256 // 2
@@ -89,7 +89,7 @@ def test_a_broken_pattern_is_named(pattern, row, group):
 
 
 @pytest.mark.parametrize("bad", (0.0, -1.0, torch.nan, torch.inf))
-@pytest.mark.parametrize("op", INT8)
+@pytest.mark.parametrize("op", CODES)
 def test_a_bad_scale_is_named(op, bad):
     codes = torch.zeros(4, 8, dtype=torch.int8)
     scale = torch.ones(4)
@@ -114,7 +114,8 @@ def test_a_weight_that_is_not_finite_counts_as_nonzero(op, bad):
         ({"k": -1}, "negative shape"),
         ({"ld": 7}, "row stride 7 is below the 8"),
         ({"weight": 0}, "no memory"),
-        ({"op": "spmm_block_w4a8"}, "no linear op 'spmm_block_w4a8'"),
+        ({"op": "spmm_block_w2a8"}, "no linear op 'spmm_block_w2a8'"),
+        ({"group": 64}, "takes no groups"),
         ({"op": "linear_w8a8"}, r"linear_w8a8\): packs weights without zeros"),
         ({"scale": 0}, "codes need scales"),
         ({"nonzero": 3}, "no kernel for the pattern 3:4"),
@@ -132,6 +133,32 @@ def test_mistakes_are_explained(change, says):
     _core.pack_sparse(**args)
     with pytest.raises(ValueError, match=says):
         _core.pack_sparse(**(args | change))
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"group": 0}, "group 0 is none of 32, 64, 128"),
+        ({"group": 48}, "group 48 is none of 32, 64, 128"),
+        ({"group_scale": 0}, "needs group scales"),
+        ({"group_scale_type": 1}, "float32 or float16"),
+        ({"nonzero": 2, "of": 4}, "no kernel for the pattern 2:4"),
+    ],
+    ids=str,
+)
+def test_mistakes_in_groups_are_explained(change, says):
+    codes, scale, groups = torch.zeros(4, 70, dtype=torch.int8), torch.ones(4), torch.ones(4, 3)
+    args = {"op": "spmm_block_w4a8", "weight": codes.data_ptr(), "dtype": 0, "n": 4, "k": 70, "ld": 70}
+    args |= {"scale": scale.data_ptr(), "group": 32, "group_scale": groups.data_ptr(), "group_scale_type": 0}
+    _core.pack_sparse(**args)
+    with pytest.raises(ValueError, match=says):
+        _core.pack_sparse(**(args | change))
+    for place, bad in ((codes, -9), (codes, 8), (groups, 0.0), (groups, torch.inf), (groups, torch.nan)):
+        before, place[3, 2] = place[3, 2].item(), bad
+        what = "input feature 2 is" if place is codes else "group 2, is"
+        with pytest.raises(ValueError, match=f"output channel 3, {what}"):
+            _core.pack_sparse(**args)
+        place[3, 2] = before
 
 
 @pytest.mark.parametrize("op", PATTERNS)

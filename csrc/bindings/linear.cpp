@@ -40,14 +40,16 @@ void bind_linear(py::module_& m) {
   m.def(
       "pack_sparse",
       [](const std::string& op, uintptr_t weight, int type, int64_t n, int64_t k, int64_t ld, uintptr_t scale, int nonzero, int of,
-         int threads) {
+         int64_t group, uintptr_t group_scale, int group_scale_type, int threads) {
         return pack_sparse(linear_op(op),
                            {.n = n, .k = k, .weight = pointer<const void>(weight), .type = dtype(type), .ld = ld,
-                            .scale = pointer<const float>(scale), .nonzero = nonzero, .of = of},
+                            .scale = pointer<const float>(scale), .nonzero = nonzero, .of = of, .group = group,
+                            .group_scale = pointer<const void>(group_scale), .group_scale_type = dtype(group_scale_type)},
                            threads);
       },
       py::arg("op"), py::arg("weight"), py::arg("dtype"), py::arg("n"), py::arg("k"), py::arg("ld"), py::arg("scale") = 0,
-      py::arg("nonzero") = 0, py::arg("of") = 0, py::arg("threads") = 0, py::call_guard<py::gil_scoped_release>());
+      py::arg("nonzero") = 0, py::arg("of") = 0, py::arg("group") = 0, py::arg("group_scale") = 0, py::arg("group_scale_type") = 0,
+      py::arg("threads") = 0, py::call_guard<py::gil_scoped_release>());
   m.def(
       "unpack_linear",
       [](const PackedWeight& packed, uintptr_t codes, int64_t ld) { unpack_linear(packed, pointer<void>(codes), ld); },

@@ -11,7 +11,7 @@ namespace halfbyte {
 // How the panels of a packed weight are laid out.
 enum class Layout {
   dense,
-  blocks,   // those of 16 channels x quad k (8 bits) or 16 x 1 (floats) that are not all zero
+  blocks,   // those of 16 channels x quad k (integers) or 16 x 1 (floats) that are not all zero
   windows,  // per 64 k the nonzero values of 16 channels, four of each to a line of 64
   masks,    // per channel and 64 k a mask of 64 bits, and the nonzero values; where most is zero, lists too
 };
@@ -57,11 +57,14 @@ PackedWeight pack_linear(const LinearOp& op, const StoredWeight& weight, int thr
 // A weight with its zeros, of which the op packs what is not zero.
 struct SparseWeight {
   int64_t n, k;
-  const void* weight;  // [n][k]: int8 codes for ops of 8 bits, otherwise floats
+  const void* weight;  // [n][k]: int8 codes, of ops of 4 bits too, otherwise floats
   DType type;
   int64_t ld;          // elements between rows
   const float* scale;  // [n], of codes
   int nonzero, of;     // of each `of` consecutive k at most `nonzero` are not zero; 0: anywhere
+  int64_t group;             // of 4-bit codes: k per scale
+  const void* group_scale;   // [n][groups]
+  DType group_scale_type;    // f32 or f16
 };
 PackedWeight pack_sparse(const LinearOp& op, const SparseWeight& weight, int threads);
 void unpack_linear(const PackedWeight& packed, void* codes, int64_t ld);  // of integer codes

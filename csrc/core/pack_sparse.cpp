@@ -1,55 +1,17 @@
 // Packing of weights with zeros into the panels of core/sparse_panel.h.
 #include <algorithm>
-#include <array>
 #include <bit>
 #include <cmath>
 #include <cstring>
-#include <numeric>
 #include <string_view>
 #include <vector>
 
 #include "core/check.h"
-#include "core/linear.h"
+#include "core/pack_sparse.h"
 #include "core/share.h"
-#include "core/sparse_panel.h"
 
 namespace halfbyte {
 namespace {
-
-// A panel under construction.
-class Bytes {
- public:
-  int64_t append(const void* data, size_t size) {  // where it is
-    const size_t at = (bytes_.size() + 63) / 64 * 64;
-    bytes_.resize(at + size);
-    if (size) std::memcpy(bytes_.data() + at, data, size);
-    return static_cast<int64_t>(at);
-  }
-  template <class T>
-  int64_t append(const std::vector<T>& values) { return append(values.data(), values.size() * sizeof(T)); }
-  template <class T>
-  void replace(int64_t at, const T& value) { std::memcpy(bytes_.data() + at, &value, sizeof value); }
-  const uint8_t* data() const { return bytes_.data(); }
-  int64_t size() const { return round_up(static_cast<int64_t>(bytes_.size()), 64); }
-  int64_t used() const { return static_cast<int64_t>(bytes_.size()); }
-
- private:
-  std::vector<uint8_t> bytes_;
-};
-
-// The values of a weight, 0 beyond its edges.
-template <class T>
-struct Values {
-  const SparseWeight& w;
-  T operator()(int64_t j, int64_t i) const {
-    if (j >= w.n || i >= w.k) return 0;
-    if constexpr (sizeof(T) == 1) {
-      return static_cast<const T*>(w.weight)[j * w.ld + i];
-    } else {
-      return load_float(w.weight, w.type, j * w.ld + i);
-    }
-  }
-};
 
 // Blocks of 16 channels x `wide` k. T: as they are stored.
 template <class T, int wide, class Index, class Get>
@@ -81,6 +43,53 @@ int64_t pack_blocks(const Get& value, int64_t first, int64_t k, Bytes& out, T (*
   }
   out.replace(0, panel);
   return stored;
+}
+
+int64_t pack_nibbles(const Values<int8_t>& value, int64_t first, int64_t k_padded, Bytes& out) {
+  NibblePanel panel{};
+  out.append(&panel, sizeof panel);
+  const SparseWeight& w = value.w;
+  const int64_t stored_groups = ceil_div(w.k, w.group);
+  const bool wide = w.group_scale_type == DType::f32;
+  int64_t blocks = 0;
+  for (int half = 0; half < 2; ++half) {
+    const int64_t j = first + half * half_panel;
+    std::vector<uint8_t> pairs, index, lines, scales;
+    for (int64_t g = 0; g * w.group < k_padded; ++g) {
+      int count = 0;
+      for (int64_t i = g * w.group; i < std::min((g + 1) * w.group, w.k); i += quad) {
+        int8_t codes[half_panel * quad];
+        for (int b = 0; b < half_panel * quad; ++b) codes[b] = value(j + b / quad, i + b % quad);
+        if (std::all_of(codes, codes + half_panel * quad, [](int8_t c) { return c == 0; })) continue;
+        const bool second = count++ % 2;
+        const auto at = static_cast<uint8_t>((i - g * w.group) / quad);
+        if (second) {
+          index.back() = at;
+        } else {
+          index.insert(index.end(), 2, at);
+          lines.resize(lines.size() + half_panel * quad);
+        }
+        uint8_t* const line = lines.data() + lines.size() - half_panel * quad;
+        for (int b = 0; b < half_panel * quad; ++b) line[b] = static_cast<uint8_t>(line[b] | (codes[b] & 15) << (second ? 4 : 0));
+      }
+      blocks += count;
+      pairs.push_back(static_cast<uint8_t>((count + 1) / 2));
+      for (int64_t c = j; c < j + half_panel; ++c) {
+        uint8_t bytes[4] = {};
+        const size_t size = wide ? 4 : 2;
+        if (c < w.n && g < stored_groups) {
+          std::memcpy(bytes, static_cast<const uint8_t*>(w.group_scale) + static_cast<size_t>(c * stored_groups + g) * size, size);
+        }
+        scales.insert(scales.end(), bytes, bytes + size);
+      }
+    }
+    panel.pairs[half] = out.append(pairs);
+    panel.index[half] = out.append(index);
+    panel.lines[half] = out.append(lines);
+    panel.scales[half] = out.append(scales);
+  }
+  out.replace(0, panel);
+  return blocks * half_panel * quad;
 }
 
 struct Place {
@@ -145,104 +154,20 @@ int64_t pack_windows(const Values<int8_t>& value, int64_t first, int64_t k_padde
   return stored;
 }
 
-using Masks = std::vector<uint64_t>;  // of a panel, [k / 64][32]
-
-Masks masks_of(const Values<float>& value, int64_t first, int64_t k_padded) {
-  Masks masks(static_cast<size_t>(k_padded / window * panel_width));
-  for (int c = 0; c < panel_width; ++c) {
-    for (int64_t i = 0; i < k_padded; ++i) {
-      masks[static_cast<size_t>(i / window * panel_width + c)] |= uint64_t{value(first + c, i) != 0} << i % window;
+template <class Valid>
+void check_nibbles(const SparseWeight& w, const Valid& valid) {
+  const Values<int8_t> code{w};
+  for (int64_t j = 0; j < w.n; ++j) {
+    for (int64_t i = 0; i < w.k; ++i) {
+      const int c = code(j, i);
+      valid(c >= -8 && c <= 7, "the code of output channel ", j, ", input feature ", i, " is ", c, "; it must be -8 to 7");
+    }
+    for (int64_t g = 0, groups = ceil_div(w.k, w.group); g < groups; ++g) {
+      const float s = load_float(w.group_scale, w.group_scale_type, j * groups + g);
+      valid(std::isfinite(s) && s > 0, "the scale of output channel ", j, ", group ", g, ", is ", s, "; it must be positive and",
+            " finite");
     }
   }
-  return masks;
-}
-
-// Fills in all but lists.
-void pack_masks(const Values<float>& value, int64_t first, const Masks& of_k, MaskPanel& panel, Bytes& out) {
-  Masks masks;
-  std::vector<uint8_t> order;
-  std::vector<float> values;
-  for (size_t i = 0; i < of_k.size(); i += panel_width) {
-    const uint64_t* const here = of_k.data() + i;
-    uint8_t channels[panel_width];
-    std::iota(channels, channels + panel_width, uint8_t{0});
-    std::stable_sort(channels, channels + panel_width,
-                     [&](int a, int b) { return std::popcount(here[a]) < std::popcount(here[b]); });
-    for (const uint8_t c : channels) {
-      masks.push_back(here[c]);
-      order.push_back(c);
-      const auto k = static_cast<int64_t>(i) / panel_width * window;
-      for (uint64_t left = here[c]; left; left &= left - 1) values.push_back(value(first + c, k + std::countr_zero(left)));
-    }
-  }
-  values.resize(values.size() + half_panel);  // kernels load whole vectors
-  panel.masks = out.append(masks);
-  panel.order = out.append(order);
-  panel.values = out.append(values);
-}
-
-int64_t pack_lists(const Values<float>& value, int64_t first, const Masks& of_k, Bytes& out) {
-  ListPanel panel{};
-  const int64_t at = out.append(&panel, sizeof panel);
-  for (int half = 0; half < 2; ++half) {
-    std::vector<uint8_t> lines, index;
-    std::vector<uint16_t> window_of, line_masks;
-    std::vector<float> values;
-    for (size_t i = 0; i < of_k.size(); i += panel_width) {
-      std::array<uint64_t, half_panel> left;
-      std::copy_n(of_k.data() + i + half * half_panel, half_panel, left.begin());
-      int most = 0;
-      for (const uint64_t mask : left) most = std::max(most, std::popcount(mask));
-      lines.push_back(static_cast<uint8_t>(most));
-      window_of.insert(window_of.end(), static_cast<size_t>(most + 1) / 2, static_cast<uint16_t>(i / panel_width));
-      for (int line = 0; line < (most + 1) / 2 * 2; ++line) {
-        uint16_t mask = 0;
-        for (size_t c = 0; c < half_panel; left[c] &= left[c] - 1, ++c) {
-          const int k = std::countr_zero(left[c]);
-          index.push_back(static_cast<uint8_t>(k % window));
-          if (!left[c]) continue;
-          mask = static_cast<uint16_t>(mask | 1 << c);
-          values.push_back(value(first + half * half_panel + static_cast<int>(c), window_of.back() * window + k));
-        }
-        line_masks.push_back(mask);
-      }
-    }
-    values.resize(values.size() + half_panel);
-    panel.pairs[half] = static_cast<int64_t>(window_of.size());
-    panel.lines[half] = out.append(lines);
-    panel.places[half] = out.append(window_of);
-    panel.masks[half] = out.append(line_masks);
-    panel.index[half] = out.append(index);
-    panel.values[half] = out.append(values);
-  }
-  out.replace(at, panel);
-  return at;
-}
-
-// Lists cost as many bytes again. They pay for few rows with up to 35 % of the values, unless a channel with many makes lines of
-// which three quarters are empty.
-bool worth_lists(const Masks& masks, int64_t stored, int64_t all) {
-  int64_t places = 0;
-  for (size_t i = 0; i < masks.size(); i += half_panel) {
-    int most = 0;
-    for (size_t c = 0; c < half_panel; ++c) most = std::max(most, std::popcount(masks[i + c]));
-    places += int64_t{most} * half_panel;
-  }
-  return 20 * stored <= 7 * all && places <= 4 * stored && masks.size() / panel_width <= UINT16_MAX;
-}
-
-// vectors: there are kernels that read lists.
-int64_t pack_floats(const Values<float>& value, int64_t first, int64_t k_padded, bool vectors, Bytes& out) {
-  MaskPanel panel{};
-  out.append(&panel, sizeof panel);
-  const Masks masks = masks_of(value, first, k_padded);
-  int64_t stored = 0;
-  for (const uint64_t mask : masks) stored += std::popcount(mask);
-  pack_masks(value, first, masks, panel, out);
-  const int64_t all = std::min<int64_t>(panel_width, value.w.n - first) * value.w.k;
-  if (vectors && worth_lists(masks, stored, all)) panel.lists = pack_lists(value, first, masks, out);
-  out.replace(0, panel);
-  return stored;
 }
 
 void check_weight(const LinearOp& op, const SparseWeight& w) {
@@ -254,11 +179,20 @@ void check_weight(const LinearOp& op, const SparseWeight& w) {
   const bool codes = op.activation_bits == 8, windows = op.layout == Layout::windows;
   valid(codes || w.type != DType::i32, "the weight must be float32, bfloat16 or float16");
   valid(!codes || w.n == 0 || w.scale, "codes need scales");
-  valid(!codes || w.k <= max_k, "in_features ", w.k, " exceed ", max_k, ", the most whose sums fit int32");
+  const bool nibbles = op.weight_bits == 4;
+  valid(!codes || nibbles || w.k <= max_k, "in_features ", w.k, " exceed ", max_k, ", the most whose sums fit int32");
   valid(w.k < int64_t{1} << 31, "in_features ", w.k, " are more than 2^31");
   for (int64_t j = 0; codes && j < w.n; ++j) {
     valid(std::isfinite(w.scale[j]) && w.scale[j] > 0, "the scale of output channel ", j, " is ", w.scale[j],
           "; it must be positive and finite");
+  }
+  if (nibbles) {
+    valid(w.group == 32 || w.group == 64 || w.group == 128, "group ", w.group, " is none of 32, 64, 128");
+    valid(w.n == 0 || w.k == 0 || w.group_scale, "a weight in groups needs group scales");
+    valid(w.group_scale_type != DType::i32 && w.group_scale_type != DType::bf16, "group scales must be float32 or float16");
+    check_nibbles(w, valid);
+  } else {
+    valid(w.group == 0, "takes no groups");
   }
   if (w.of == 0) {
     valid(w.nonzero == 0, "a pattern N:M has an M");
@@ -286,6 +220,7 @@ int64_t pack_panel(const LinearOp& op, const SparseWeight& w, int64_t first, int
     case Layout::masks: return pack_floats(number, first, k_padded, op.kernels.size() > 1, out);
     default: break;
   }
+  if (op.weight_bits == 4) return pack_nibbles(code, first, k_padded, out);
   if (op.activation_bits == 8) {
     return pack_blocks<int8_t, quad, uint16_t>(code, first, w.k, out, [](float c) { return static_cast<int8_t>(c); });
   }
@@ -295,6 +230,19 @@ int64_t pack_panel(const LinearOp& op, const SparseWeight& w, int64_t first, int
     if ((u & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>(u >> 16 | 0x40);
     return static_cast<uint16_t>((u + 0x7fff + (u >> 16 & 1)) >> 16);
   });
+}
+
+// The sum of a channel's weights before their scale, as pack_linear has it.
+float total_of(const SparseWeight& w, int64_t j) {
+  const Values<int8_t> code{w};
+  const int64_t groups = ceil_div(w.k, w.group);
+  double total = 0;
+  for (int64_t g = 0; g < groups; ++g) {
+    int64_t sum = 0;
+    for (int64_t i = g * w.group; i < std::min((g + 1) * w.group, w.k); ++i) sum += code(j, i);
+    total += static_cast<double>(sum) * load_float(w.group_scale, w.group_scale_type, j * groups + g);
+  }
+  return static_cast<float>(total);
 }
 
 }  // namespace
@@ -318,8 +266,12 @@ PackedWeight pack_sparse(const LinearOp& op, const SparseWeight& w, int threads)
     total += stored[p];
   }
   const bool codes = op.activation_bits == 8;
-  WeightFormat format{.op = &op, .n = w.n, .k = w.k, .bits = op.weight_bits, .nf4 = false, .group = 0, .activation_group = 0, .groups = {}};
-  if (!codes) {  // one group of all k, as pack_float makes it
+  WeightFormat format{.op = &op, .n = w.n, .k = w.k, .bits = op.weight_bits, .nf4 = false, .group = w.group, .activation_group = 0,
+                      .groups = {}};
+  if (w.group) {
+    format.groups = {.quads = w.group / quad, .scale_bytes = w.group_scale_type == DType::f32 ? 128 : 64, .zero_bytes = 0,
+                     .minimum_bytes = 0};
+  } else if (!codes) {  // one group of all k, as pack_float makes it
     format.groups.quads = std::max(k_padded, int64_t{k_multiple}) / quad;
     format.activation_group = format.groups.quads * quad;
   }
@@ -330,6 +282,11 @@ PackedWeight pack_sparse(const LinearOp& op, const SparseWeight& w, int threads)
   }
   for (int64_t j = 0; j < packed.n_padded; ++j) {
     packed.scale()[j] = codes ? (j < w.n ? w.scale[j] : 0.0f) : 1.0f;
+    if (w.group) {  // sums count 16 times: tiles/sparse/blocks_int4.h
+      packed.scale()[j] /= 16;
+      packed.total()[j] = j < w.n ? 16 * total_of(w, j) : 0.0f;
+      continue;
+    }
     int32_t sum = 0;
     for (int64_t i = 0; codes && j < w.n && i < w.k; ++i) sum += code(j, i);
     packed.sum()[j] = sum;  // 0.0f of floats, too

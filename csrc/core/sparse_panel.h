@@ -4,6 +4,12 @@
 //   blocks    per half the blocks of 16 channels x quad k (int8) or 16 x 1 (floats) that are not all zero, ascending in k.
 //               index   uint16 (int8) or uint32 (floats): k of the block / its width in k
 //               lines   [16 channels][4 k] int8, or [16 channels] floats
+//   nibbles   blocks of 4-bit codes, per half and group of k (core/gemm.h, GroupFormat::quads) two to a line
+//               pairs   uint8: lines of each group
+//               index   [2] uint8 of each line: the blocks' k within the group / 4, ascending; where the second is missing it is 0
+//                       at the k of the first
+//               lines   [16 channels][4 k] bytes: of the first block in the low half, of the second in the high half, signed
+//               scales  [16] float16 or float32 of each group
 //   windows   per half and window of 64 k, the nonzero values of each channel in ascending k, four to a line; a line is
 //             [16 channels][4] int8. What a channel lacks is 0, at the k where its window begins (N:M: where its group does).
 //               counts  uint8: lines of each window; of N:M patterns all alike, `per_window`
@@ -33,6 +39,10 @@ constexpr int window = 64;  // k of a window and of a mask
 
 struct BlockPanel {
   int64_t count[2], index[2], lines[2];  // per half
+};
+
+struct NibblePanel {
+  int64_t pairs[2], index[2], lines[2], scales[2];  // per half
 };
 
 struct WindowPanel {

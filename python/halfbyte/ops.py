@@ -239,7 +239,7 @@ def run_linear(
                 "an int32 output is the bare accumulator: it takes no bias, activation, residual or gate"
             )
         scheme = packed.scheme
-        if not (scheme.per_token if isinstance(scheme, SparseScheme) else scheme == _W8A8):
+        if not (scheme.values == "w8a8" if isinstance(scheme, SparseScheme) else scheme == _W8A8):
             raise ValueError(
                 f"an int32 output is the one integer sum that an output of {_W8A8} has; {packed.scheme} adds "
                 "floats: ask for a floating-point dtype"

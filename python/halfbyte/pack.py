@@ -112,6 +112,14 @@ def _pack_sparse(weight: SparseTensor) -> PackedWeight:
     kind, scheme, (n, k) = kind_of(weight.values, "values"), weight.scheme, weight.shape
     dense, ld = kind.rows(weight.to_dense() if weight.scale is None else weight.codes(), k)
     scale = None if weight.scale is None else kind.cast(weight.scale, kind.float32)
+    groups = {}
+    if (group_scale := weight.group_scale) is not None:
+        group_scale = kind.cast(group_scale, group_scale.dtype)
+        groups = {
+            "group": scheme.group,
+            "group_scale": kind.pointer(group_scale),
+            "group_scale_type": kind.codes[group_scale.dtype],
+        }
     grouped = scheme.per_token and scheme.pattern.kind == "nm"  # the op of floats has an index for each value
     with isa_errors:
         core = _core.pack_sparse(
@@ -124,5 +132,6 @@ def _pack_sparse(weight: SparseTensor) -> PackedWeight:
             scale=0 if scale is None else kind.pointer(scale),
             nonzero=scheme.pattern.n if grouped else 0,
             of=scheme.pattern.m if grouped else 0,
+            **groups,
         )
     return PackedWeight(core, scheme)

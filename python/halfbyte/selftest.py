@@ -49,6 +49,7 @@ _SCHEMES = {
 }
 _SPARSE_OPS = (
     "spmm_block_w8a8",
+    "spmm_block_w4a8",
     "spmm_nm_w8a8",
     "spmm_unstructured_w8a8",
     "spmm_block_f32",
@@ -164,11 +165,16 @@ def _sparse(op: str, rng: np.random.Generator) -> list[np.ndarray]:
         if op == "spmm_nm_w8a8":
             pattern, kept = (2, 4), kept & (np.arange(k) % 4 < 2)
         kept[:16] = False
-        codes = op.endswith("w8a8")
+        nibbles, codes = op.endswith("w4a8"), op.endswith("a8")
+        most = 7 if nibbles else 127
         integers = codes or exact
-        weight = rng.integers(-127, 128, (n, k)) * kept if integers else _normal(rng, n, k) * kept
+        weight = rng.integers(-most, most + 1, (n, k)) * kept if integers else _normal(rng, n, k) * kept
+        group_scale = np.abs(_normal(rng, n, -(-k // 64))) + 0.1
+        groups = (64, NUMPY.pointer(group_scale), F32) if nibbles else ()
         weight = np.ascontiguousarray(weight, np.int8 if codes else np.float32)
-        packed = _core.pack_sparse(op, NUMPY.pointer(weight), F32, n, k, k, NUMPY.pointer(scale), *pattern)
+        packed = _core.pack_sparse(
+            op, NUMPY.pointer(weight), F32, n, k, k, NUMPY.pointer(scale), *pattern, *groups
+        )
         for activation in range(len(_ACTIVATIONS)):
             out = np.empty((m, n), np.float32)
             _core.linear(

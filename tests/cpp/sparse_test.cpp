@@ -1,94 +1,29 @@
-// The ops on weights with zeros. int8: what linear_w8a8 gives for the same codes, bit for bit, which linear_test.cpp holds to
-// the truth. Floats: what linear_f32 gives for the same weight, bit for bit, and sums in double within the bound of op.h.
+// The ops on weights with zeros. Codes: what linear_w8a8 or linear_w4a8 give for the same, bit for bit, which linear_test.cpp
+// holds to the truth. Floats: what linear_f32 gives for the same weight, bit for bit, and sums in double within the bound of op.h.
 #include <thread>
 
 #include "core/dispatch.h"
 #include "core/sparse_panel.h"
-#include "tests.h"
+#include "sparse_operands.h"
 
 namespace halfbyte::truth {
 namespace {
 
 struct Format {
   const char* op;
-  int nonzero, of;
+  int nonzero, of, group = 0;
 };
 constexpr Format formats[] = {{"spmm_block_w8a8", 0, 0},        {"spmm_nm_w8a8", 1, 4},   {"spmm_nm_w8a8", 2, 4},
                               {"spmm_nm_w8a8", 4, 8},           {"spmm_block_f32", 0, 0}, {"spmm_unstructured_w8a8", 0, 0},
-                              {"spmm_unstructured_w8a8", 2, 4}, {"spmm_block_bf16", 0, 0}, {"spmm_unstructured_f32", 0, 0}};
+                              {"spmm_unstructured_w8a8", 2, 4}, {"spmm_block_bf16", 0, 0}, {"spmm_unstructured_f32", 0, 0},
+                              {"spmm_block_w4a8", 0, 0, 32},    {"spmm_block_w4a8", 0, 0, 128}};
 static_assert(std::size(formats) == sparse_formats);
-
-// count elements and no byte more: from the heap, where the address sanitizer knows both ends, or beside a page that may not
-// be touched, which stops instructions too that it does not see.
-template <class T>
-class Exact {
- public:
-  Exact(Rng& rng, int64_t count)
-      : heap_(below(rng, 3) ? new T[static_cast<size_t>(count)] : nullptr), guarded_(rng, heap_ ? 0 : count) {}
-  const T* data() const { return heap_ ? heap_.get() : guarded_.data(); }
-  T* data() { return heap_ ? heap_.get() : guarded_.data(); }
-  T& operator[](int64_t i) { return data()[i]; }
-
- private:
-  std::unique_ptr<T[]> heap_;
-  Guarded<T> guarded_;
-};
-
-// A matrix of any storage type.
-struct Rows {
-  Rows(Rng& rng, int rows, int cols, DType type, bool finite)
-      : type(type), ld(cols + below(rng, 2) * below(rng, 9)), bytes(rng, rows ? ((rows - 1) * ld + cols) * size_of(type) : 0) {
-    for (int i = 0; i < rows; ++i) {
-      const std::vector<float> row = fill_row(rng, cols);
-      for (int j = 0; j < cols; ++j) {
-        const float v = row[static_cast<size_t>(j)];
-        put(type, bytes.data(), i * ld + j, finite && !std::isfinite(v) ? 0 : v);
-      }
-    }
-  }
-  float at(int64_t i, int64_t j) const { return get(type, bytes.data(), i * ld + j); }
-  DType type;
-  int64_t ld;
-  Exact<char> bytes;
-};
-
-// The output of a call, between poison.
-class Output {
- public:
-  Output(int64_t m, int64_t n, int64_t ld, DType type)
-      : m_(m), n_(n), ld_(ld), type_(type),
-        bytes_(static_cast<size_t>(2 * margin + (m ? ((m - 1) * ld + n) * size_of(type) : 0)), '\xff') {}
-  char* data() { return bytes_.data() + margin; }
-  float at(int64_t i, int64_t j) const { return get(type_, bytes_.data() + margin, i * ld_ + j); }
-
-  void check(const std::string& where) const {
-    const auto untouched = [](char byte) { return byte == '\xff'; };
-    const bool whole = std::all_of(bytes_.begin(), bytes_.begin() + margin, untouched) &&
-                       std::all_of(bytes_.end() - margin, bytes_.end(), untouched);
-    if (!whole) die(where + ": wrote before or behind the output");
-    if (!gaps_are_whole(bytes_.data() + margin, m_, n_, ld_, type_)) die(where + ": wrote between the rows of its output");
-  }
-  bool operator==(const Output& other) const { return bytes_ == other.bytes_; }
-  bool same_numbers(const Output& other) const {  // another op promises no payload of a NaN
-    bool equal = *this == other || type_ != DType::i32;
-    for (int64_t at = 0; at < m_ * n_ && type_ != DType::i32; ++at) {
-      equal = equal && same(this->at(at / n_, at % n_), other.at(at / n_, at % n_));
-    }
-    return equal;
-  }
-
- private:
-  static constexpr int64_t margin = 512;
-  int64_t m_, n_, ld_;
-  DType type_;
-  std::vector<char> bytes_;
-};
 
 // Which weights of [n][k] are kept: mostly as the op likes it; sometimes all or none, with rows and columns that have none.
 std::vector<char> random_mask(Rng& rng, const Format& f, int n, int k) {
   const std::string op = f.op;
   const bool blocks = op.starts_with("spmm_block") && below(rng, 5);
-  const int wide = blocks && op == "spmm_block_w8a8" ? 4 : 1, high = blocks ? 16 : 1, across = (k + wide - 1) / wide;
+  const int wide = blocks && op.ends_with("a8") ? 4 : 1, high = blocks ? 16 : 1, across = (k + wide - 1) / wide;
   constexpr int densities[] = {0, 256, 5, 26, 77, 128, 220};  // of 256
   const int density = densities[below(rng, 7)];
   const int empty_rows = below(rng, 3) ? 0 : 16 * below(rng, 5), empty_columns = 64 * below(rng, 3);
@@ -122,17 +57,23 @@ struct Pair {
 
   const LinearOp& op;
   const int n, k;
-  const bool codes;
+  const bool codes, sums;  // sums: there is one integer sum per output
   std::vector<float> values;  // of floats: those that the op multiplies with
   std::optional<PackedWeight> sparse, dense;
 };
 
-Pair::Pair(Rng& rng, const Format& f, int n, int k) : op(linear_op(f.op)), n(n), k(k), codes(op.activation_bits == 8) {
+Pair::Pair(Rng& rng, const Format& f, int n, int k)
+    : op(linear_op(f.op)), n(n), k(k), codes(op.activation_bits == 8), sums(codes && !f.group) {
   const std::vector<char> keep = random_mask(rng, f, n, k);
   const DType type = codes ? DType::f32 : floats[below(rng, 3)];
   const int64_t ld = k + below(rng, 2) * below(rng, 9), size = codes ? 1 : size_of(type);
   Exact<char> weight(rng, n ? ((n - 1) * ld + k) * size : 0);
   Exact<float> scale(rng, codes ? n : 0);
+  const int groups = f.group ? (k + f.group - 1) / f.group : 0, range = f.group ? 16 : 256, row_bytes = f.group ? (k + 1) / 2 : k;
+  const DType scale_type = below(rng, 2) ? DType::f32 : DType::f16;
+  Exact<char> group_scale(rng, n * groups * size_of(scale_type));
+  for (int i = 0; i < n * groups; ++i) put(scale_type, group_scale.data(), i, 0.1f * (1.5f + uniform(rng) / 4));
+  std::vector<uint8_t> nibbles(static_cast<size_t>(f.group ? n * row_bytes : 0));
   const int kind = below(rng, 6);
   values.resize(keep.size());
   for (int j = 0; j < n; ++j) {
@@ -140,8 +81,12 @@ Pair::Pair(Rng& rng, const Format& f, int n, int k) : op(linear_op(f.op)), n(n),
     for (int i = 0; i < k; ++i) {
       const auto at = static_cast<size_t>(j * k + i);
       if (codes) {
-        const int code = kind == 0 ? -128 : kind == 1 ? 127 : below(rng, 256) - 128;
-        weight[j * ld + i] = static_cast<char>(keep[at] ? code : 0);
+        const int some = kind == 0 ? 0 : kind == 1 ? range - 1 : below(rng, range), code = keep[at] ? some - range / 2 : 0;
+        weight[j * ld + i] = static_cast<char>(code);
+        if (f.group) {
+          uint8_t& byte = nibbles[static_cast<size_t>(j * row_bytes + i / 2)];
+          byte = static_cast<uint8_t>(byte | (code + 8) << i % 2 * 4);
+        }
         continue;
       }
       put(type, weight.data(), j * ld + i, keep[at] ? 0.2f * uniform(rng) : below(rng, 2) ? 0.0f : -0.0f);
@@ -150,10 +95,19 @@ Pair::Pair(Rng& rng, const Format& f, int n, int k) : op(linear_op(f.op)), n(n),
     }
   }
   const SparseWeight source{.n = n, .k = k, .weight = weight.data(), .type = type, .ld = ld,
-                            .scale = codes ? scale.data() : nullptr, .nonzero = f.nonzero, .of = f.of};
+                            .scale = codes ? scale.data() : nullptr, .nonzero = f.nonzero, .of = f.of, .group = f.group,
+                            .group_scale = group_scale.data(), .group_scale_type = scale_type};
   sparse.emplace(pack_sparse(op, source, 1 + below(rng, 3)));
-  dense.emplace(codes ? pack_linear(linear_op("linear_w8a8"), stored_codes(n, k, weight.data(), ld, scale.data()), 1)
-                      : pack_float(values.data(), DType::f32, n, k, k, 1));
+  if (!codes) {
+    dense.emplace(pack_float(values.data(), DType::f32, n, k, k, 1));
+    return;
+  }
+  StoredWeight w = stored_codes(n, k, weight.data(), ld, scale.data());
+  if (f.group) {
+    w.codes = nibbles.data(), w.ld = row_bytes;
+    w.group = f.group, w.group_scale = group_scale.data(), w.group_scale_type = scale_type;
+  }
+  dense.emplace(pack_linear(linear_op(f.group ? "linear_w4a8" : "linear_w8a8"), w, 1));
 }
 
 std::string describe(const std::string& isa, const Pair& w, int m, const char* what) {
@@ -163,13 +117,13 @@ std::string describe(const std::string& isa, const Pair& w, int m, const char* w
 
 // Everything of a call but the weight.
 struct Operands {
-  Operands(Rng& rng, int m, int n, int k, bool codes, bool gated)
+  Operands(Rng& rng, int m, int n, int k, bool codes, bool sums)  // sums: the output may be int32
       : x(rng, m, k, floats[below(rng, 3)], !codes),
         residual(rng, m, n, floats[below(rng, 3)], false),
         bias(rng, n),
         gate_bias(rng, n) {
     for (int j = 0; j < n; ++j) bias[j] = uniform(rng), gate_bias[j] = uniform(rng);
-    const bool integers = codes && !gated && below(rng, 4) == 0, is_static = codes && below(rng, 4) == 0;
+    const bool integers = sums && below(rng, 4) == 0, is_static = codes && below(rng, 4) == 0;
     args = {.m = m, .a = x.bytes.data(), .lda = x.ld, .a_type = x.type, .c = nullptr,
             .ldc = n + below(rng, 2) * below(rng, 9), .c_type = integers ? DType::i32 : floats[below(rng, 3)],
             .bias = !integers && below(rng, 2) ? bias.data() : nullptr,
@@ -177,7 +131,7 @@ struct Operands {
             .residual = !integers && below(rng, 2) ? residual.bytes.data() : nullptr, .ldr = residual.ld,
             .residual_type = residual.type, .static_scale = is_static ? 0.01f + 0.1f * std::fabs(uniform(rng)) : 0,
             .static_zero = is_static ? below(rng, 256) - 128 : 0, .threads = 1,
-            .gate_bias = gated && below(rng, 2) ? gate_bias.data() : nullptr};
+            .gate_bias = below(rng, 2) ? gate_bias.data() : nullptr};
   }
   Rows x, residual;
   Exact<float> bias, gate_bias;
@@ -205,7 +159,7 @@ bool in_order(const Pair& w, int m) {
 
 // A call on any number of threads against the dense one.
 void test_call(Rng& rng, const Pair& w, const Pair* gate, const std::string& isa, int m) {
-  const Operands operands(rng, m, w.n, w.k, w.codes, gate != nullptr);
+  const Operands operands(rng, m, w.n, w.k, w.codes, w.sums && !gate);
   const PackedWeight *const sparse_gate = gate ? &*gate->sparse : nullptr, *const dense_gate = gate ? &*gate->dense : nullptr;
   const std::string where = describe(isa, w, m, gate ? "gated" : "run_linear");
   const Output out = run(*w.sparse, operands.args, 1, sparse_gate, where);
@@ -246,7 +200,7 @@ void test_linears(Rng& rng, const Format& f, const std::string& isa, int m, int 
   for (int i = 1 + below(rng, 3); i > 0; --i) {
     pairs.push_back(std::make_unique<Pair>(rng, f, below(rng, 5) ? size_near(rng, 32, 130) : 0, k));
   }
-  const Operands operands(rng, m, 130, k, pairs[0]->codes, false);
+  const Operands operands(rng, m, 130, k, pairs[0]->codes, pairs[0]->sums);
   LinearArgs args = operands.args;
   args.residual = nullptr;
   for (const int threads : {1, 2, 3}) {
@@ -339,7 +293,8 @@ void test_sparse_errors(Rng& rng) {
     const LinearOp& op = linear_op(f.op);
     const bool is_codes = op.activation_bits == 8;
     const SparseWeight good{.n = 2, .k = 19, .weight = is_codes ? static_cast<void*>(codes.data()) : values.data(),
-                            .type = DType::f32, .ld = 19, .scale = is_codes ? ones : nullptr, .nonzero = f.nonzero, .of = f.of};
+                            .type = DType::f32, .ld = 19, .scale = is_codes ? ones : nullptr, .nonzero = f.nonzero, .of = f.of,
+                            .group = f.group, .group_scale = ones, .group_scale_type = DType::f32};
     const auto bad = [&](const char* what, auto&& change) {
       expect_invalid((std::string(f.op) + ": " + what).c_str(), [&] {
         SparseWeight weight = good;
@@ -360,7 +315,17 @@ void test_sparse_errors(Rng& rng) {
       if (is_codes) bad("a scale that is none", [&](auto& w) { w.scale = scales; });
     }
     if (is_codes) bad("codes without scales", [](auto& w) { w.scale = nullptr; });
-    if (is_codes) bad("k beyond int32", [](auto& w) { w.n = 1, w.k = w.ld = max_k + 1; });
+    if (is_codes && !f.group) bad("k beyond int32", [](auto& w) { w.n = 1, w.k = w.ld = max_k + 1; });
+    for (const int group : {16, 33, 256, -32}) bad("a group that is none", [&](auto& w) { w.group = group; });
+    if (f.group) {
+      const int8_t outside[38] = {8};
+      const float scales[2] = {1, -1};
+      bad("no group", [](auto& w) { w.group = 0; });
+      bad("no group scales", [](auto& w) { w.group_scale = nullptr; });
+      bad("group scales in bfloat16", [](auto& w) { w.group_scale_type = DType::bf16; });
+      bad("a group scale that is none", [&](auto& w) { w.group_scale = scales; });
+      bad("a code of five bits", [&](auto& w) { w.weight = outside; });
+    }
     if (!is_codes) bad("an int32 weight", [](auto& w) { w.type = DType::i32; });
     std::fill_n(codes.data() + 19 + 16, 3, int8_t{1});  // all of the last group
     if (f.of && f.nonzero < 3) bad("three in a group", [](auto&) {});
@@ -372,7 +337,7 @@ void test_sparse_errors(Rng& rng) {
     expect_invalid("unpacking zeros", [&] { unpack_linear(packed, codes.data(), 19); });
     expect_invalid("pack_linear with zeros", [&] { pack_linear(op, stored, 1); });
     expect_invalid("pack_sparse without zeros", [&] { pack_sparse(*dense.format.op, good, 1); });
-    const Operands operands(rng, 3, 2, 19, false, true);
+    const Operands operands(rng, 3, 2, 19, false, false);
     const auto bad_call = [&](const char* what, auto&& call) {
       LinearArgs args = operands.args;
       Output out(3, 2, 2, DType::f32);
@@ -388,11 +353,12 @@ void test_sparse_errors(Rng& rng) {
       args.residual = nullptr;
       run_linears(outputs, args);
     });
-    if (is_codes) continue;
-    bad_call("int32 sums of floats", [&](auto& args) {
+    if (is_codes && !f.group) continue;
+    bad_call("int32 sums of floats or groups", [&](auto& args) {
       args.c_type = DType::i32, args.bias = nullptr, args.residual = nullptr, args.activation = Activation::none;
       run_linear(packed, args);
     });
+    if (is_codes) continue;
     bad_call("a static scale of floats", [&](auto& args) { args.static_scale = 1, run_linear(packed, args); });
   }
 }

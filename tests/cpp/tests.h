@@ -42,7 +42,7 @@ void test_sparse_large(Rng& rng, const std::string& isa);
 void test_sparse_concurrent(unsigned seed, const std::vector<std::string>& isas, int calls);
 void test_sparse_errors(Rng& rng);
 
-constexpr int sparse_formats = 9;
+constexpr int sparse_formats = 11;
 PackedWeight random_sparse(Rng& rng, int format, int64_t n, int64_t k);  // with random zeros, of one of the formats
 
 }  // namespace halfbyte::truth

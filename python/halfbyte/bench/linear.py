@@ -73,6 +73,11 @@ def thread_counts(threads: int) -> Iterator[None]:
         yield
 
 
+def error_limit(scheme: Scheme) -> float:
+    """The relative error of an output above which something else than the scheme is computed."""
+    return _ERROR_LIMITS[scheme.weight_bits]
+
+
 def problem(shape: tuple[int, int, int], settings: Length, scheme: str = "w8a8") -> peers.Problem:
     """Random weights and activations of the given m, n, k; the same for every contestant and every run."""
     m, n, k = shape
@@ -122,7 +127,7 @@ def kernel_name(scheme: str | Scheme) -> str:
 def _measure(shape: tuple[int, int, int], scheme: str, settings: Settings) -> dict:
     m, n, k = shape
     task = problem(shape, settings, scheme)
-    limit = _ERROR_LIMITS[task.scheme.weight_bits]
+    limit = error_limit(task.scheme)
     operations = ceilings.products_per_weight(task.scheme) * 2 * m * n * k
 
     def build(name: str) -> Contestant:

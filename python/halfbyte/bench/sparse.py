@@ -14,6 +14,7 @@ import numpy as np
 from ..dispatch import force_isa
 from ..errors import HalfbyteError
 from ..extras import require
+from ..scheme import Scheme
 from ..sparse.pattern import Pattern
 from ..sparse.scheme import SparseScheme
 from . import linear, peers
@@ -24,16 +25,17 @@ DENSE = f"{OURS}-dense"
 SHAPES = ((128, 3072, 768), (512, 4096, 4096), (32, 4096, 4096), (1, 4096, 4096))
 SPARSITIES = (0.4, 0.5, 0.8, 0.9)
 SCHEMES = ("f32+block16x1", "f32+unstructured", "w8a8+block16x4", "w8a8+2:4", "w8a8+unstructured")
-# What a scheme is compared with where nobody says, by its values; of w8a8 always also the same codes, dense.
+# What a scheme is compared with where nobody says, by its values; of codes always also the same ones, dense.
 _DEFAULTS = {
     "f32": ("torch-fp32", "torch-csr", "deepsparse"),
     "bf16": ("torch-fp32", "torch-bf16", "torch-csr", "deepsparse"),
-    "w8a8": ("torch-fp32",),
 }
+_DEFAULTS_OF_CODES = ("torch-fp32",)
 # Peers that leave zeros out wherever they are: they get as many of them, at the best places.
 _UNSTRUCTURED = ("torch-csr", "deepsparse")
-# Errors above which something else is computed; see those of `bench linear`. bfloat16 has 8 bits, float32 24.
-_ERROR_LIMITS = {"w8a8": 0.05, "bf16": 0.01, "f32": 1e-4}
+# Errors above which something else is computed; those of codes are `linear.error_limit`. bfloat16 has 8
+# bits, float32 24.
+_ERROR_LIMITS = {"bf16": 0.01, "f32": 1e-4}
 
 
 @dataclass(frozen=True)
@@ -98,15 +100,18 @@ def ours(problem: peers.Problem, scheme: SparseScheme) -> peers.Layer:
     return peers.Layer(calls, lambda: calls[0]().numpy(), bytes_, note)
 
 
-def _measure(
-    shape: tuple[int, int, int], scheme: SparseScheme, sparsity: float, settings: Settings
-) -> dict:
+def _measure(shape: tuple[int, int, int], scheme: SparseScheme, sparsity: float, settings: Settings) -> dict:
     m, n, k = shape
     label = f"{m}x{n}x{k} {scheme} {sparsity:.0%}"
     whole = linear.problem(shape, settings)
     task = prune(whole, scheme.pattern, sparsity)
     anywhere = functools.cache(lambda: prune(whole, Pattern("unstructured"), sparsity))
-    nonzero, int8 = int(np.count_nonzero(task.weight)), scheme.values == "w8a8"
+    nonzero = int(np.count_nonzero(task.weight))
+    if scheme.quantized:
+        task = dataclasses.replace(task, scheme=Scheme.parse(scheme.values))
+        limit, defaults = linear.error_limit(task.scheme), _DEFAULTS_OF_CODES
+    else:
+        limit, defaults = _ERROR_LIMITS[scheme.values], _DEFAULTS[scheme.values]
     mine = ours(task, scheme)
 
     def dense() -> Contestant:
@@ -116,18 +121,18 @@ def _measure(
                 f"{label}: {mine.note} and the dense {layer.note} differ on the same codes; "
                 "run halfbyte doctor and report it"
             )
-        return Contestant(layer, task, _ERROR_LIMITS["w8a8"], 2 * m * n * k)
+        return Contestant(layer, task, limit, 2 * m * n * k)
 
     def peer(name: str) -> Contestant:
         own = anywhere() if name in _UNSTRUCTURED else task
-        limit = _ERROR_LIMITS["bf16" if name == "torch-bf16" else "f32"]
-        return Contestant(peers.build(name, own), own, limit)
+        peer_limit = _ERROR_LIMITS["bf16" if name == "torch-bf16" else "f32"]
+        return Contestant(peers.build(name, own), own, peer_limit)
 
-    limit = _ERROR_LIMITS[scheme.values]
-    builders = {OURS: lambda: Contestant(mine, task, limit, 2 * m * nonzero if int8 else None)}
-    if int8:
+    operations = 2 * m * nonzero if scheme.quantized else None
+    builders = {OURS: lambda: Contestant(mine, task, limit, operations)}
+    if scheme.quantized:
         builders[DENSE] = dense
-    names = _DEFAULTS[scheme.values] if settings.vs is None else settings.vs
+    names = defaults if settings.vs is None else settings.vs
     builders |= {name: lambda name=name: peer(name) for name in names}
     return {
         "m": m,

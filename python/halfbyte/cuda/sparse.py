@@ -1,4 +1,4 @@
-"""Sparse weights on a GPU: int8 codes two of four, by blocks of 64 x 64, or dense; floats by torch."""
+"""Sparse weights on a GPU: int8 two of four, in blocks of 64 x 64 or dense; int4 dense; floats by torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from torch import Tensor
 
 from ..arrays import place_of
 from ..pack import GpuWeight
-from ..quantized_tensor import QuantizedTensor
 from ..sparse.scheme import SparseScheme
 from ..sparse.tensor import SparseTensor
 from .library import Format
@@ -91,21 +90,21 @@ def pack(weight: SparseTensor) -> GpuWeight:
 
 def _pack(weight: SparseTensor) -> GpuWeight:
     scheme, shape, device = weight.scheme, weight.shape, weight.values.device
-    if scheme.values != "w8a8":
+    if not scheme.quantized:
         return TorchWeight(weight.to_dense().to(weight.values.dtype), scheme, FLOATS)
-    q = QuantizedTensor(weight.codes(), weight.scale, W8A8)
-    form, why = format_for(W8A8, shape, device, None)
+    q = weight.to_quantized()
+    form, why = format_for(q.scheme, shape, device, q.group_scale)
     if why:
         packed = TorchWeight(q, scheme, why)
         packed.shares_codes = False  # these are its own
         return packed
 
     def runs(pattern: int) -> bool:
-        return not no_kernel(pattern_format(pattern), 8, shape, device)
+        return q.scheme == W8A8 and not no_kernel(pattern_format(pattern), 8, shape, device)
 
-    if share_of_blocks(q.codes) <= MOST_BLOCKS and runs(BLOCKS):
+    if runs(BLOCKS) and share_of_blocks(q.codes) <= MOST_BLOCKS:
         return CudaSparseWeight(q.codes, q.scale, scheme, BLOCKS)
-    if has_pairs(q.codes) and runs(TWO_OF_FOUR):
+    if runs(TWO_OF_FOUR) and has_pairs(q.codes):
         return CudaSparseWeight(q.codes, q.scale, scheme, TWO_OF_FOUR)
     packed = CudaPackedWeight(q, form)
     packed.scheme = scheme

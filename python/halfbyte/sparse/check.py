@@ -31,10 +31,12 @@ def check_values(parts: dict[str, np.ndarray], scheme: SparseScheme, shape: tupl
         check_compressed(parts["crow"], parts["columns"], block_columns)
         if p.kind == "block":
             _check_outside(values, parts["crow"], parts["columns"], n, k)
-    if (scale := parts.get("scale")) is not None:
-        _check_finite("scale", scale)
-        if (scale <= 0).any():
-            raise ValueError(f"scale[{int((scale <= 0).argmax())}] is not positive, as scales must be")
+    for what in ("scale", "group_scale"):
+        if (scale := parts.get(what)) is not None:
+            _check_finite(what, scale)
+            if (scale <= 0).any():
+                at = [int(i) for i in np.unravel_index((scale <= 0).argmax(), scale.shape)]
+                raise ValueError(f"{what}{at} is not positive, as scales must be")
 
 
 def check_compressed(crow: np.ndarray, columns: np.ndarray, column_count: int) -> None:

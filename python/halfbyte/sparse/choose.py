@@ -29,7 +29,9 @@ _MARGIN = 0.95  # of the time as it is: medians of the same call differ by 1 or 
 _HOPELESS = 1.5  # times of the dense layer: predicted to be that slow, a kernel is not measured
 _LEAST = 0.1  # of a weight that a pattern leaves out; a few codes of any int8 weight are 0
 _SEED = 5
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of inputs and of float weights
+# The numbers that a float weight can have without another word, by its dtype, which those of inputs are too.
+_FLOATS = {torch.float32: ("f32",), torch.bfloat16: ("f32", "bf16"), torch.float16: ("f32",)}
+DTYPES = tuple(_FLOATS)
 Weight = Tensor | QuantizedTensor
 
 
@@ -71,9 +73,11 @@ class Candidate(NamedTuple):
 
     @property
     def bytes(self) -> float:
-        """Stored for each weight of the dense layer, without scales."""
-        p, value = self.scheme.pattern, {"w8a8": 1, "bf16": 2, "f32": 4}[self.scheme.values]
-        return self.density * (value + (0.5 if p.kind == "nm" else 4 / (p.rows * p.columns)))
+        """Stored for each weight of the dense layer, without scales of channels."""
+        p, group = self.scheme.pattern, self.scheme.group
+        value = 0.5 if group else {"w8a8": 1, "bf16": 2, "f32": 4}[self.scheme.values]
+        stored = self.density * (value + (0.5 if p.kind == "nm" else 4 / (p.rows * p.columns)))
+        return stored + (2 / group if group else 0)
 
     def __str__(self) -> str:
         return f"{self.scheme} (density {percent(self.density)})"
@@ -88,9 +92,10 @@ def choose(
     """
     module, name, freed = group.module, join(group.layers[0].name, "weight"), is_freed(group.module)
     weight = _float(module, group.layers[0].name) if is_linear(module) else module.quantized
-    values = weight if is_linear(module) else weight.codes
+    values = weight if is_linear(module) else weight.unpacked()
     kind_of(values, name)
-    candidates, reason = _candidates(values, is_linear(module), schemes, named)
+    own = (_FLOATS[values.dtype] if not named else None) if is_linear(module) else (str(weight.scheme),)
+    candidates, reason = _candidates(values, own, schemes)
     if not candidates:
         return [], reason
     if when == "faster":
@@ -108,15 +113,17 @@ def _float(module: nn.Module, name: str) -> Tensor:
 
 
 def _candidates(
-    values: Tensor, is_float: bool, schemes: list[SparseScheme], named: bool
+    values: Tensor, own: tuple[str, ...] | None, schemes: list[SparseScheme]
 ) -> tuple[list[Candidate], str]:
-    """What the weight can become, the fastest by prediction first; where it is nothing, the reason."""
-    own = ("f32", "bf16") if values.dtype is torch.bfloat16 else ("f32",)
-    usable = [s for s in schemes if (s.values in own or named if is_float else s.values == "w8a8")]
+    """What the weight can become, the fastest by prediction first; where it is nothing, the reason.
+
+    own: the numbers that it can have; None: any.
+    """
+    usable = [s for s in schemes if own is None or s.values in own]
     if not usable:
-        what = ", ".join(map(str, schemes))
-        why = "which needs scheme=, as it quantizes it" if is_float else "which takes float weights"
-        return [], f"its weights are {'floats' if is_float else 'int8'}; allowed is {what}, {why}"
+        what, is_float = ", ".join(map(str, schemes)), values.is_floating_point()
+        why = "which needs scheme=, as it quantizes it" if is_float else "which takes others"
+        return [], f"its weights are {'floats' if is_float else own[0]}; allowed is {what}, {why}"
     kept = values != 0
     share = float(kept.float().mean())
     found = []

@@ -34,6 +34,8 @@ from .linear import SparseLinear
 from .pattern import Pattern
 from .scheme import NAMES, SparseScheme
 
+# Schemes of dense layers whose codes a sparse kernel takes as they are.
+_QUANTIZED = tuple(dict.fromkeys(s.values for s in map(SparseScheme.parse, NAMES) if s.quantized))
 _MOST_SIZES = 4  # of inputs of a layer that are measured: those with the most rows in all calls
 
 
@@ -52,14 +54,14 @@ def sparsify_(
     """Replace pruned linear layers of `model` by SparseLinear where that pays, in place; returns the model.
 
     Layers: nn.Linear (not its subclasses) and the Conv1D of transformers, also with masks of
-    torch.nn.utils.prune, which are applied and go; and QLinear of the scheme w8a8, whose outputs stay the
-    same bit for bit. Float layers become sparse in f32, or in bf16 where their weight is bfloat16.
+    torch.nn.utils.prune, which are applied and go; and QLinear of the schemes w8a8 and w4a8_gN, whose outputs
+    stay the same bit for bit. Float layers become sparse in f32, or in bf16 where their weight is bfloat16.
 
     when: "faster" measures each layer as it is, a float one in torch, against the kernels for the patterns
     that it has, unless they are predicted to be much slower: medians of calls in turns, of which the sparse
     ones have to take 5 % less. "smaller": where the weight takes fewer bytes, stored and packed. "always": in
     the pattern that is predicted to be the fastest.
-    pattern: only this one. scheme: only this one; one with w8a8 quantizes float layers on the way.
+    pattern: only this one. scheme: only this one; one with w8a8 or w4a8_gN quantizes float layers on the way.
     rows: with how many rows of input layers are measured, a number or several, whose times are added up.
     example_inputs: to measure each layer with the rows that it gets when `model` is called with them, once: a
     tensor, a tuple or list of positional arguments, a mapping of keyword arguments, or a function that calls
@@ -169,8 +171,9 @@ def _kept(module: nn.Module) -> tuple[str, str]:
     if isinstance(module, SparseLinear):
         return "sparse", "was made sparse before"
     if isinstance(module, QLinear):
-        if str(module.scheme) != "w8a8":
-            return "quantized", f"no sparse kernel has the numbers of {module.scheme}, only w8a8"
+        if str(module.scheme) not in _QUANTIZED:
+            known = ", ".join(_QUANTIZED)
+            return "quantized", f"no sparse kernel has the numbers of {module.scheme}, only of {known}"
         hooks = any(value for name, value in vars(module).items() if name.endswith("_hooks"))
         if hooks or "forward" in vars(module) or module._parameters or module._modules:
             return "quantized", "it has hooks, parameters or a forward of its own, which would be lost"

@@ -10,6 +10,7 @@ from .scheme import SparseScheme
 # peak.
 _COSTS = {
     "spmm_block_w8a8": 1.15,
+    "spmm_block_w4a8": 1.5,  # of dense w4a8
     "spmm_nm_w8a8": 1.7,
     "spmm_unstructured_w8a8": 2.5,
     "spmm_block_f32": 0.6,

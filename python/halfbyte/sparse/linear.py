@@ -19,14 +19,15 @@ class SparseLinear(PackedLayer):
     """A linear layer on a sparse weight: `y = activation(x @ weight.T + bias)`, zeros left out.
 
     x: [..., in_features], float32, bfloat16 or float16, where the layer is; y has the dtype of x. With w8a8
-    it is quantized as by QLinear, and y equals that of the QLinear with the same codes, bit for bit. All that
-    is said there of calls, the bias, the activation, static scales, packs and `name` holds here too; the
-    torch operator is halfbyte::sparse_linear.
+    and w4a8 it is quantized as by QLinear, and y equals that of the QLinear with the same codes, bit for bit.
+    All that is said there of calls, the bias, the activation, static scales, packs and `name` holds here too;
+    the torch operator is halfbyte::sparse_linear.
 
     Buffers, all in the state_dict where they are not None: weight_values, weight_crow, weight_columns,
-    weight_positions and weight_scale, which are those of the SparseTensor; bias, input_scale, input_zero. A
-    state_dict of another weight with the same scheme and shape can be loaded, however many values it has; one
-    whose parts are no such weight is an error that leaves the layer as it was.
+    weight_positions, weight_scale and weight_group_scale, which are those of the SparseTensor; bias,
+    input_scale, input_zero. A state_dict of another weight with the same scheme and shape can be loaded,
+    however many values it has; one whose parts are no such weight is an error that leaves the layer as it
+    was.
     """
 
     weight_buffers = SPARSE_BUFFERS

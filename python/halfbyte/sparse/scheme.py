@@ -13,6 +13,9 @@ from .pattern import Pattern
 # so that N:M is to it as any other weight.
 _OPS = {
     "w8a8+block16x4": "spmm_block_w8a8",
+    "w4a8_g32+block16x4": "spmm_block_w4a8",
+    "w4a8_g64+block16x4": "spmm_block_w4a8",
+    "w4a8_g128+block16x4": "spmm_block_w4a8",
     "w8a8+1:4": "spmm_nm_w8a8",
     "w8a8+2:4": "spmm_nm_w8a8",
     "w8a8+4:8": "spmm_nm_w8a8",
@@ -29,10 +32,11 @@ NAMES = tuple(_OPS)
 
 @dataclass(frozen=True)
 class SparseScheme:
-    """The numbers of a sparse linear layer and where its zeros lie: `{w8a8|f32|bf16}+{pattern}`.
+    """The numbers of a sparse linear layer and where its zeros lie: `{w8a8|w4a8_gN|f32|bf16}+{pattern}`.
 
-    values: "w8a8" int8 codes with one float32 scale per output channel, and activations quantized as by the
-    dense w8a8, whose result it has bit for bit; "f32" float32 weights and products; "bf16" weights stored as
+    values: "w8a8" int8 codes with one float32 scale per output channel, "w4a8_gN" int4 codes with one scale
+    more per N input features, of these the blocks; activations are quantized as by the dense scheme of that
+    name, whose result it has bit for bit. "f32" float32 weights and products; "bf16" weights stored as
     bfloat16, float32 products. pattern: see `Pattern`.
 
     Raises SchemeError (a ValueError) for a combination that no kernel runs.
@@ -63,7 +67,17 @@ class SparseScheme:
     @property
     def per_token(self) -> bool:
         """Whether activations have one scale and zero point per token, which `calibrate` can fix."""
-        return self.values == "w8a8"
+        return self.quantized
+
+    @property
+    def quantized(self) -> bool:
+        """Whether its values are codes; `values` is then the name of the dense scheme."""
+        return self.values.startswith("w")
+
+    @property
+    def group(self) -> int:
+        """Input features per scale; 0: one scale per output channel, or none."""
+        return int(self.values.partition("_g")[2] or 0)
 
     def __str__(self) -> str:
         return self.values + "+" + str(self.pattern)  # which torch.compile traces, unlike a format

@@ -10,35 +10,39 @@ import numpy as np
 from ..arrays import NUMPY, Array, Gpu, Kind, check_owner, float_code, kind_of, owner_of, place_of
 from ..errors import DTypeError, PatternError, SchemeError, ShapeError
 from ..quantize import non_finite, quantize
-from ..quantized_tensor import QuantizedTensor
+from ..quantized_tensor import QuantizedTensor, to_nibbles
 from ..scheme import Scheme
 from . import exchange
 from .check import check_values
 from .layout import compress, expand
 from .scheme import SparseScheme
 
-PARTS = ("values", "crow", "columns", "positions", "scale")  # the arrays of a SparseTensor
+# The arrays of a SparseTensor.
+PARTS = ("values", "crow", "columns", "positions", "scale", "group_scale")
 _VALUES = {"w8a8": "int8", "f32": "float32", "bf16": "bfloat16"}
-_W8A8 = Scheme(8, 8)
+_NIBBLE_ZERO = 8  # how a QuantizedTensor has the code 0
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SparseTensor:
     """A pruned weight matrix [n, k]: what is saved, loaded and compared; `pack` lays it out for the kernels.
 
-    values: int8 codes (w8a8), float32 (f32) or torch.bfloat16 (bf16). shape: (n, k).
+    values: int8 codes (w8a8), float32 (f32) or torch.bfloat16 (bf16); of w4a8 uint8, the codes + 8 of two
+    input features in a byte, that of the first in the low half: [stored, R, C / 2]. shape: (n, k).
     Unstructured and blocks of R x C, as torch.sparse_csr and sparse_bsr have them: values [stored] or
     [stored, R, C], crow [block rows + 1], the end of each row of blocks among them, and columns [stored], in
     which block column each is, ascending within a row; crow and columns int32 or int64.
     N:M: values [n, groups * N], groups = ceil(k / M), and positions uint8 [n, ceil(groups * N / 2)]: where in
     its group of M features each value is, two 4-bit numbers to a byte, the first in the low half, ascending
     within a group. A group with fewer nonzero values stores zeros, at any other of its positions.
-    scale: float32 [n], a positive factor per output channel, with w8a8; else None.
+    scale: float32 [n], a positive factor per output channel, with w8a8 and w4a8; else None.
+    group_scale: float16 or float32 [n, ceil(k / N)], positive, with w4a8_gN; else None.
 
-    The weight is what the values say, times `scale[:, None]`, and 0 elsewhere. What lies outside of [n, k],
-    in the last blocks and groups of a weight that they do not divide, is 0. The arrays are all numpy or all
-    torch. Raises DTypeError, ShapeError, PatternError (indices), NonFiniteError or ValueError (scale), naming
-    the array. Numbers are not looked at in fake tensors and on other devices than the CPU.
+    The weight is what the values say, times that of its group and `scale[:, None]`, and 0 elsewhere. What
+    lies outside of [n, k], in the last blocks and groups of a weight that they do not divide, is 0. The
+    arrays are all numpy or all torch. Raises DTypeError, ShapeError, PatternError (indices), NonFiniteError
+    or ValueError (scale), naming the array. Numbers are not looked at in fake tensors and on other devices
+    than the CPU.
     """
 
     values: Array
@@ -48,6 +52,7 @@ class SparseTensor:
     columns: Array | None = None
     positions: Array | None = None
     scale: Array | None = None
+    group_scale: Array | None = None
 
     def __post_init__(self) -> None:
         kind = owner_of(self.values, "values")
@@ -59,11 +64,14 @@ class SparseTensor:
         self._check_shapes()
         parts = self.parts()
         if all(kind.has_values(part) for part in parts.values()):
-            check_values({what: numpy_of(kind, p) for what, p in parts.items()}, self.scheme, self.shape)
+            arrays = {what: numpy_of(kind, part) for what, part in parts.items()}
+            arrays["values"] = _numbers(self.scheme, arrays["values"])
+            check_values(arrays, self.scheme, self.shape)
 
     def _check_presence(self) -> None:
         wanted = {"positions"} if self.scheme.pattern.kind == "nm" else {"crow", "columns"}
-        wanted |= {"scale"} if self.scheme.values == "w8a8" else set()
+        wanted |= {"scale"} if self.scheme.quantized else set()
+        wanted |= {"group_scale"} if self.scheme.group else set()
         for what in PARTS[1:]:
             if (getattr(self, what) is None) == (what in wanted):
                 verb = "lacks" if what in wanted else "takes no"
@@ -71,11 +79,12 @@ class SparseTensor:
 
     def _check_dtypes(self) -> None:
         dtypes = {
-            "values": (_VALUES[self.scheme.values],),
+            "values": (_VALUES.get(self.scheme.values, "uint8"),),
             "crow": ("int32", "int64"),
             "columns": ("int32", "int64"),
             "positions": ("uint8",),
             "scale": ("float32",),
+            "group_scale": ("float16", "float32"),
         }
         for what, part in self.parts().items():
             if _name(part.dtype) not in dtypes[what]:
@@ -96,9 +105,12 @@ class SparseTensor:
             wanted = {"values": (n, count), "positions": (n, -(-count // 2))}
         else:
             stored = tuple(self.columns.shape)[:1] or (0,)
-            block = () if p.kind == "unstructured" else (p.rows, p.columns)
+            block = () if p.kind == "unstructured" else (p.rows, p.columns // (2 if self.scheme.group else 1))
             wanted = {"columns": stored, "values": stored + block, "crow": (-(-n // p.rows) + 1,)}
-        for what, shape in (wanted | {"scale": (n,)}).items():
+        wanted["scale"] = (n,)
+        if self.scheme.group:
+            wanted["group_scale"] = (n, -(-k // self.scheme.group))
+        for what, shape in wanted.items():
             part = getattr(self, what)
             if part is not None and tuple(part.shape) != shape:
                 raise ShapeError(
@@ -162,7 +174,8 @@ class SparseTensor:
     @property
     def nnz(self) -> int:
         """Values that are not zero."""
-        return int((self.values != 0).sum())
+        kind = place_of(self.values, "values")
+        return int(np.count_nonzero(_numbers(self.scheme, numpy_of(kind, self.values))))
 
     @property
     def nbytes(self) -> int:
@@ -179,16 +192,25 @@ class SparseTensor:
         return dense if self.scale is None else dense * self.scale[:, None]
 
     def codes(self) -> Array:
-        """The int8 codes [n, k] of w8a8, zeros included; SchemeError for other values."""
-        if self.scheme.values != "w8a8":
+        """The codes of w8a8 and w4a8, zeros included: int8 [n, k]; SchemeError for other values."""
+        if not self.scheme.quantized:
             raise SchemeError(f"a SparseTensor of the scheme {self.scheme} has no codes; use to_dense()")
         return place_of(self.values, "values").from_numpy(_dense(self))
+
+    def to_quantized(self) -> QuantizedTensor:
+        """The same weight with its zeros; SchemeError for float values."""
+        codes, scheme = self.codes(), Scheme.parse(self.scheme.values)
+        if not self.scheme.group:
+            return QuantizedTensor(codes, self.scale, scheme)
+        kind = place_of(codes, "codes")
+        nibbles = kind.from_numpy(_nibbles(numpy_of(kind, codes)))
+        return QuantizedTensor(nibbles, self.scale, scheme, self.shape[1], self.group_scale)
 
     def rows(self, begin: int, end: int) -> SparseTensor:
         """Output channels begin .. end-1, at least one, as a SparseTensor of their own."""
         kind = place_of(self.values, "values")
-        scale = None if self.scale is None else self.scale[begin:end]
-        return _of_dense(kind, np.ascontiguousarray(_dense(self)[begin:end]), self.scheme, scale)
+        scales = [None if s is None else s[begin:end] for s in (self.scale, self.group_scale)]
+        return _of_dense(kind, np.ascontiguousarray(_dense(self)[begin:end]), self.scheme, *scales)
 
     def __repr__(self) -> str:
         (n, k), share = self.shape, f"{self.density:.3g}"
@@ -198,9 +220,9 @@ class SparseTensor:
 def sparsify(weight: Array, scheme: str | SparseScheme, *, name: str = "weight") -> SparseTensor:
     """The zeros of a weight [n, k] left out, as `scheme` says. `name` is what errors call the weight.
 
-    weight: float32, float16 or (torch) bfloat16, numpy or torch, any strides; with w8a8 it is quantized as
-    `quantize(weight, "w8a8")` does, which keeps zeros. Or a QuantizedTensor of w8a8, whose codes stay as they
-    are. bf16 rounds to bfloat16 and takes torch tensors.
+    weight: float32, float16 or (torch) bfloat16, numpy or torch, any strides; with w8a8 and w4a8_gN it is
+    quantized as `quantize(weight, "w8a8")` does, which keeps zeros. Or a QuantizedTensor of that scheme,
+    whose codes stay as they are. bf16 rounds to bfloat16 and takes torch tensors.
 
     Every weight can be stored as unstructured or in blocks, if with many zeros in kept blocks. Raises
     PatternError where the weight is not N:M, saying where: `prune_` first; SchemeError, DTypeError,
@@ -208,16 +230,19 @@ def sparsify(weight: Array, scheme: str | SparseScheme, *, name: str = "weight")
     """
     scheme = SparseScheme.parse(scheme)
     if isinstance(weight, QuantizedTensor):
-        if weight.scheme != _W8A8 or scheme.values != "w8a8":
+        if str(weight.scheme) != scheme.values:
             raise SchemeError(
-                f"{name} is quantized as {weight.scheme}; of quantized weights only {_W8A8} can become "
-                f"sparse, with a scheme such as w8a8+2:4, not {scheme}"
+                f"{name} is quantized as {weight.scheme}, which cannot become {scheme}: codes stay as they "
+                "are, so those of w8a8 take a scheme such as w8a8+2:4, of w4a8_g64 w4a8_g64+block16x4"
             )
         kind = kind_of(weight.codes, name)
-        kind.check_memory(weight.scale, f"the scale of {name}")
-        return _of_dense(kind, numpy_of(kind, weight.codes), scheme, weight.scale, name)
-    if scheme.values == "w8a8":
-        return sparsify(quantize(weight, _W8A8, name=name), scheme, name=name)
+        for part in (weight.scale, weight.group_scale):
+            if part is not None:
+                kind.check_memory(part, f"the scale of {name}")
+        codes = np.ascontiguousarray(numpy_of(kind, weight.unpacked()))
+        return _of_dense(kind, codes, scheme, weight.scale, weight.group_scale, name)
+    if scheme.quantized:
+        return sparsify(quantize(weight, scheme.values, name=name), scheme, name=name)
     kind = kind_of(weight, name)
     float_code(kind, weight.dtype, name)
     if weight.ndim != 2 or min(weight.shape) == 0:
@@ -230,7 +255,7 @@ def sparsify(weight: Array, scheme: str | SparseScheme, *, name: str = "weight")
     finite = np.isfinite(floats).all(1)
     if not finite.all():
         raise non_finite(name, int(finite.argmin()))
-    return _of_dense(kind, floats, scheme, None, name)
+    return _of_dense(kind, floats, scheme, name=name)
 
 
 def density(scheme: SparseScheme, shape: tuple[int, int], values_shape: tuple[int, ...]) -> float:
@@ -241,7 +266,12 @@ def density(scheme: SparseScheme, shape: tuple[int, int], values_shape: tuple[in
 
 def unscaled(sparse: SparseTensor) -> np.ndarray:
     """The weight before its scale: float32 [n, k]."""
-    return np.ascontiguousarray(_dense(sparse), np.float32)
+    values = np.ascontiguousarray(_dense(sparse), np.float32)
+    if sparse.group_scale is not None:
+        kind = place_of(sparse.group_scale, "group_scale")
+        scale = np.repeat(numpy_of(kind, sparse.group_scale).astype(np.float32), sparse.scheme.group, 1)
+        values *= scale[:, : sparse.shape[1]]
+    return values
 
 
 def numpy_of(kind: Kind, part: Array) -> np.ndarray:
@@ -260,11 +290,31 @@ def _dense(sparse: SparseTensor) -> np.ndarray:
     for what, part in sparse.parts().items():
         kind.check_memory(part, what)
         parts[what] = numpy_of(kind, part)
+    parts["values"] = _numbers(sparse.scheme, parts["values"])
     return expand(parts, sparse.scheme.pattern, sparse.shape)
 
 
+def _numbers(scheme: SparseScheme, values: np.ndarray) -> np.ndarray:
+    """The codes, int8, or floats that are stored."""
+    if not scheme.group:
+        return values
+    codes = np.stack([values & 15, values >> 4], -1).astype(np.int8) - np.int8(_NIBBLE_ZERO)
+    return codes.reshape(*values.shape[:-1], 2 * values.shape[-1])
+
+
+def _nibbles(codes: np.ndarray) -> np.ndarray:
+    """4-bit codes [.., k] as a QuantizedTensor has them: uint8 [.., ceil(k / 2)]."""
+    flat = (codes + np.int8(_NIBBLE_ZERO)).astype(np.uint8).reshape(-1, codes.shape[-1])
+    return to_nibbles(flat).reshape(*codes.shape[:-1], -(-codes.shape[-1] // 2))
+
+
 def _of_dense(
-    kind: Kind, dense: np.ndarray, scheme: SparseScheme, scale: Array | None, name: str = "weight"
+    kind: Kind,
+    dense: np.ndarray,
+    scheme: SparseScheme,
+    scale: Array | None = None,
+    group_scale: Array | None = None,
+    name: str = "weight",
 ) -> SparseTensor:
     """Of a matrix of int8 codes or of float32 that are as `scheme` has them."""
     try:
@@ -273,13 +323,13 @@ def _of_dense(
         raise PatternError(
             f"{name} {error}; prune it first: halfbyte.prune_(model, pattern={str(scheme.pattern)!r})"
         ) from None
+    if scheme.group:
+        parts["values"] = _nibbles(parts["values"])
     arrays = {what: kind.from_numpy(part) for what, part in parts.items()}
     if scheme.values == "bf16":
         arrays["values"] = arrays["values"].to(kind.torch.bfloat16)
-    return SparseTensor(**arrays, scheme=scheme, shape=dense.shape, scale=scale)
+    return SparseTensor(**arrays, scheme=scheme, shape=dense.shape, scale=scale, group_scale=group_scale)
 
 
 def _name(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
-
-

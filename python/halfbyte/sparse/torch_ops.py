@@ -15,7 +15,7 @@ from .tensor import SparseTensor, unscaled
 _library = torch.library.Library("halfbyte", "FRAGMENT")
 _WEIGHT = (
     "str scheme, SymInt out_features, SymInt in_features, Tensor values, Tensor? crow, Tensor? columns, "
-    "Tensor? positions, Tensor? scale"
+    "Tensor? positions, Tensor? scale, Tensor? group_scale"
 )
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 _library.define(
@@ -36,13 +36,14 @@ def _linear(
     columns: Tensor | None,
     positions: Tensor | None,
     scale: Tensor | None,
+    group_scale: Tensor | None,
     bias: Tensor | None = None,
     activation: str = "none",
     residual: Tensor | None = None,
     input_scale: Tensor | None = None,
     input_zero: Tensor | None = None,
 ) -> Tensor:
-    parts = values, crow, columns, positions, scale
+    parts = values, crow, columns, positions, scale, group_scale
     packed = packed_weight(SparseScheme.parse(scheme), (out_features, in_features), *parts)
     return run_linear(x, packed, bias, activation, residual, None, static_of(input_scale, input_zero))
 
@@ -71,8 +72,8 @@ def _values_fake(
 
 
 def _save_for_backward(ctx, inputs: tuple, output: Tensor) -> None:
-    x, scheme, n, k, *parts = inputs[:9]
-    bias, activation, residual = inputs[9:12]
+    x, scheme, n, k, *parts = inputs[:10]
+    bias, activation, residual = inputs[10:13]
     ctx.save_for_backward(*parts)
     ctx.weight, ctx.activation = (scheme, n, k), activation
     ctx.dtypes = [None if t is None else t.dtype for t in (x, bias, residual)]
@@ -82,7 +83,8 @@ def _backward(ctx, grad: Tensor) -> tuple:
     parts = ctx.saved_tensors
 
     def times_weight(g: Tensor) -> Tensor:
-        scaled = g if parts[-1] is None else g * parts[-1]
+        scale = parts[4]
+        scaled = g if scale is None else g * scale
         return scaled @ torch.ops.halfbyte.sparse_values(*ctx.weight, *parts)
 
     return straight_through(ctx, grad, sparse_linear, "values and scales", times_weight)
