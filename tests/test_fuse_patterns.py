@@ -68,13 +68,13 @@ FOUND = {
     "sequential": (sequential(nn.GELU(), nn.ReLU(), nn.SiLU()), "3 linear + activation"),
     "one": (
         nn.Sequential(nn.LayerNorm(48), nn.Linear(48, 30), nn.GELU("tanh"), nn.Dropout()),
-        "1 linear + activation",
+        "1 norm + linear, 1 linear + activation",
     ),
     "inplace": (sequential(nn.ReLU(inplace=True), nn.Tanh()), "1 linear + activation"),
     "gated": (Gated(), "1 linear + activation, 1 gated product"),
     "gelu gated": (Gated(nn.GELU()), "1 linear + activation, 1 gated product"),
     "w1 w2 w3": (Shorter(), "1 linear + activation, 1 gated product"),
-    "residual": (Residual(), "1 linear + activation, 2 linear + residual"),
+    "residual": (Residual(), "1 norm + linear, 1 linear + activation, 2 linear + residual"),
     "block": (Block(48), "1 linear + activation, 1 linear + residual"),
 }
 
@@ -100,7 +100,9 @@ def test_patterns(name, scheme):
         again = model(X)
         one = model(X[0, 0])
     check_close(first, want)
-    assert error(again, want) < 1e-4 and error(one, want[0, 0]) < 1e-4
+    quantized = scheme if "norm" in row.what else None  # a norm's rounding may move a code
+    check_close(again, want, quantized)
+    check_close(one, want[0, 0], quantized)
     assert torch.equal(hb.unfuse_(model)(X), want)
 
 
@@ -320,7 +322,7 @@ def test_a_value_that_is_used_twice_is_kept():
     model = hb.quantize_(untraceable(apart), "w8a8", progress=False)
     want = model(X)
     check_close(hb.fuse_(model)(X), want)
-    assert hb.fusion_report(model).rows[0].what == "1 linear + activation"
+    assert hb.fusion_report(model).rows[0].what == "1 linear + activation, 1 linear + residual"
 
 
 def test_float_layers_are_no_pattern():

@@ -350,3 +350,34 @@ def test_static_must_be_a_quantization():
 def test_numpy_codes_are_refused():
     with pytest.raises(hb.DTypeError, match="torch tensors"):
         hb.QLinear(hb.quantize(torch.randn(3, 4).numpy()))
+
+
+@torch.no_grad()
+def test_layers_together():
+    """What `LinearPlan.together` makes of one x, and what it leaves to the long way."""
+    x, layers = torch.randn(2, 3, 70), [make(33), make(5, bias=False), make(33)]
+    y = [twice(layer, x) for layer in layers]
+    plans, together = [layer._plan for layer in layers], _core.LinearPlan.together
+    outs = together(x, tuple((plan, 0, None, None) for plan in plans), None, 2)
+    assert all(map(torch.equal, outs, y))
+    (out,) = together(x, ((plans[0], 1, plans[2], y[0]),), None, 1)
+    assert torch.equal(out, y[0] * y[2].relu() + y[0])
+
+    one = (plans[0], 0, None, None)
+    for given in ((), (one,) * 4, ((None, 0, None, None),)):
+        with pytest.raises(ValueError, match="layer"):
+            together(x, given, None, 1)
+    with pytest.raises(ValueError, match="activation"):
+        together(x, ((plans[0], 9, None, None),), None, 1)
+    with pytest.raises(ValueError, match="eps"):
+        together(x, (one,), (True, 0, 0, -1.0), 1)
+    for bad in (None, x.double(), x[..., 1:], x.clone().requires_grad_()):
+        assert together(bad, (one,), None, 1) is None
+    for residual in (x, y[0].half(), y[0][0], y[0].clone().requires_grad_(), y[0].transpose(0, 1), y[1]):
+        assert together(x, ((plans[0], 0, None, residual),), None, 1) is None
+    assert together(x, ((plans[0], 0, plans[1], None),), None, 1) is None, "a gate of another width"
+    layers[2].static = (0.02, 3)
+    assert together(x, (one, (plans[2], 0, None, None)), None, 1) is None, "which has changed"
+    layers[2](x)
+    for given in ((one, (layers[2]._plan, 0, None, None)), ((plans[0], 0, layers[2]._plan, None),)):
+        assert together(x, given, None, 1) is None, "which quantizes x in its own way"

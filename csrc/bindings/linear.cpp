@@ -72,10 +72,6 @@ void bind_linear(py::module_& m) {
       [](const std::vector<std::tuple<std::shared_ptr<PackedWeight>, uintptr_t, int64_t, uintptr_t>>& weights, int64_t rows,
          uintptr_t a, int64_t lda, int a_type, int c_type, int activation_code, float static_scale, int32_t static_zero,
          int threads) {
-        std::vector<LinearOutput> outputs;
-        for (const auto& [packed, c, ldc, bias] : weights) {
-          outputs.push_back({packed.get(), pointer<void>(c), ldc, pointer<const float>(bias)});
-        }
         LinearArgs args{};
         args.m = rows;
         args.a = pointer<const void>(a);
@@ -86,7 +82,14 @@ void bind_linear(py::module_& m) {
         args.static_scale = static_scale;
         args.static_zero = static_zero;
         args.threads = threads;
-        run_linears(outputs, args);
+        std::vector<LinearCall> calls;
+        for (const auto& [packed, c, ldc, bias] : weights) {
+          args.c = pointer<void>(c);
+          args.ldc = ldc;
+          args.bias = pointer<const float>(bias);
+          calls.push_back({packed.get(), args});
+        }
+        run_linears(calls);
       },
       py::call_guard<py::gil_scoped_release>());
 }

@@ -10,6 +10,7 @@
 
 #include "bindings/watch.h"
 #include "core/linear.h"
+#include "core/multiply.h"
 
 namespace halfbyte {
 namespace {
@@ -46,16 +47,73 @@ class LinearPlan {
     LinearArgs args{};
     py::object out;
     try {
-      out = prepare(x.ptr(), args, hooks_checked);
+      Rows rows;
+      if (activation_code < 0 || !unchanged(hooks_checked) || !read(x.ptr(), packed_->k, rows)) return py::none();
+      out = prepare(rows, args);
     } catch (py::error_already_set& unusual) {  // a tensor that cannot even answer; the long way says so
       return py::none();
     }
-    if (out.is_none() || activation_code < 0) return py::none();
     args.activation = activation(activation_code);
     args.threads = threads;
     const py::gil_scoped_release release;
     run_linear(*packed_, args);
     return out;
+  }
+
+  // What several layers make of one x, through a norm where one is given: (rms, weight, bias, eps). given: (plan, activation,
+  // plan of the gate or None, residual or None) of each. A list of the outputs, or None.
+  static py::object together(const py::object& x, const py::tuple& given, const py::object& norm_given, int threads) {
+    check(given.size() >= 1 && given.size() <= max_products, "linears: takes 1 to ", max_products, " layers, not ", given.size());
+    norm::Args through{};
+    if (!norm_given.is_none()) {
+      const auto [rms, weight, bias, eps] = norm_given.cast<std::tuple<bool, uintptr_t, uintptr_t, float>>();
+      through.kind = rms ? norm::Kind::rms : norm::Kind::layer;
+      through.weight = pointer<const float>(weight);
+      through.bias = pointer<const float>(bias);
+      through.eps = eps;
+    }
+    std::array<LinearCall, max_products> calls{};
+    size_t count = 0;
+    py::list outs;
+    try {
+      Rows rows;
+      const LinearPlan* first = nullptr;
+      for (const py::handle row : given) {
+        const auto [plan, code, gate, residual] = row.cast<std::tuple<const LinearPlan*, int, const LinearPlan*, py::object>>();
+        check(plan, "linears: a layer without a plan");
+        if (!first) {
+          first = plan;
+          if (!plan->unchanged(false) || !plan->read(x.ptr(), plan->packed_->k, rows)) return py::none();
+        } else if (!plan->watch_.unchanged() || !plan->quantizes_like(*first)) {
+          return py::none();
+        }
+        if (gate && !(gate->watch_.unchanged() && gate->quantizes_like(*plan) && gate->packed_->n == plan->packed_->n)) {
+          return py::none();
+        }
+        LinearArgs args{};
+        Rows added;
+        if (!residual.is_none()) {
+          if (!plan->read(residual.ptr(), plan->packed_->n, added) || !added.lie_beside(rows)) return py::none();
+          args.residual = added.memory;
+          args.ldr = added.stride;
+          args.residual_type = added.type;
+        }
+        outs.append(plan->prepare(rows, args));
+        args.activation = activation(code);
+        args.threads = threads;
+        args.gate = gate ? gate->packed_.get() : nullptr;
+        args.gate_bias = gate ? pointer<const float>(gate->bias_) : nullptr;
+        args.norm = norm_given.is_none() ? nullptr : &through;
+        calls[count++] = {plan->packed_.get(), args};
+      }
+    } catch (py::error_already_set& unusual) {
+      return py::none();
+    }
+    {
+      const py::gil_scoped_release release;
+      run_linears({calls.data(), count});
+    }
+    return outs;
   }
 
   int traverse(visitproc visit, void* arg) const {
@@ -72,48 +130,78 @@ class LinearPlan {
  private:
   static constexpr Py_ssize_t max_dims = 8;
 
-  // The output tensor with `args` filled in, or None.
-  py::object prepare(PyObject* tensor, LinearArgs& args, bool hooks_checked) const {
-    if (reinterpret_cast<PyObject*>(Py_TYPE(tensor)) != tensor_type_.ptr() || !unchanged(hooks_checked)) return py::none();
+  // A tensor as the core reads it.
+  struct Rows {
+    py::object shape;  // owns its numbers
+    Py_ssize_t dims;
+    std::array<PyObject*, max_dims + 1> arguments;  // of new_empty: the tensor and all numbers but the last
+    int64_t count, stride;
+    DType type;
+    const void* memory;
+
+    // Whether only the last number differs.
+    bool lie_beside(const Rows& other) const {
+      if (dims != other.dims || type != other.type) return false;
+      for (Py_ssize_t i = 1; i < dims; ++i) {
+        if (to_int64(arguments[i]) != to_int64(other.arguments[i])) return false;
+      }
+      return true;
+    }
+  };
+
+  // Reads [..., k] into `rows`; false where that is not plain.
+  bool read(PyObject* tensor, int64_t k, Rows& rows) const {
+    if (reinterpret_cast<PyObject*>(Py_TYPE(tensor)) != tensor_type_.ptr()) return false;
     const Reference dtype_object(PyObject_GetAttr(tensor, names().dtype));
     int type = 0;
     while (type < 3 && dtypes_[type].ptr() != dtype_object.object) ++type;
-    if (type == 3 || is_true(tensor, names().requires_grad) || !is_true(tensor, names().is_cpu)) return py::none();
-    if (!answers(tensor, names().is_neg, Py_False)) return py::none();
-    const Reference shape(PyObject_GetAttr(tensor, names().shape));
-    const Py_ssize_t dims = PyTuple_GET_SIZE(shape.object);
-    if (dims < 1 || dims > max_dims || to_int64(PyTuple_GET_ITEM(shape.object, dims - 1)) != packed_->k) {
-      return py::none();
-    }
-    std::array<PyObject*, max_dims + 1> arguments{tensor};
-    int64_t m = 1;
+    if (type == 3 || is_true(tensor, names().requires_grad) || !is_true(tensor, names().is_cpu)) return false;
+    if (!answers(tensor, names().is_neg, Py_False)) return false;
+    rows.shape = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, names().shape));
+    if (!rows.shape) throw py::error_already_set();
+    PyObject* const shape = rows.shape.ptr();
+    const Py_ssize_t dims = rows.dims = PyTuple_GET_SIZE(shape);
+    if (dims < 1 || dims > max_dims || to_int64(PyTuple_GET_ITEM(shape, dims - 1)) != k) return false;
+    rows.arguments[0] = tensor;
+    rows.count = 1;
     for (Py_ssize_t i = 0; i + 1 < dims; ++i) {
-      arguments[i + 1] = PyTuple_GET_ITEM(shape.object, i);
-      m *= to_int64(arguments[i + 1]);
+      rows.arguments[i + 1] = PyTuple_GET_ITEM(shape, i);
+      rows.count *= to_int64(rows.arguments[i + 1]);
     }
-    arguments[dims] = columns_.ptr();
-    args.lda = packed_->k;
+    rows.stride = k;
     if (!answers(tensor, names().is_contiguous, Py_True)) {
       // The rows of a matrix may lie apart, as in hidden[:, 0].
       const Reference strides(PyObject_CallMethodNoArgs(tensor, names().stride));
-      if (dims != 2 || to_int64(PyTuple_GET_ITEM(strides.object, 1)) != 1) return py::none();
-      args.lda = to_int64(PyTuple_GET_ITEM(strides.object, 0));
-      if (args.lda < packed_->k) return py::none();
+      if (dims != 2 || to_int64(PyTuple_GET_ITEM(strides.object, 1)) != 1) return false;
+      rows.stride = to_int64(PyTuple_GET_ITEM(strides.object, 0));
+      if (rows.stride < k) return false;
     }
-    const uintptr_t a = address(tensor);
-    if (m != 0 && a == 0) return py::none();  // a tensor without memory
+    rows.type = static_cast<DType>(type);
+    rows.memory = pointer<const void>(address(tensor));
+    return rows.count == 0 || rows.memory;  // or it is a tensor without memory
+  }
+
+  // The output tensor, with `args` filled in.
+  py::object prepare(Rows& rows, LinearArgs& args) const {
+    rows.arguments[rows.dims] = columns_.ptr();
     py::object out = py::reinterpret_steal<py::object>(
-        PyObject_VectorcallMethod(names().new_empty, arguments.data(), static_cast<size_t>(dims + 1), nullptr));
+        PyObject_VectorcallMethod(names().new_empty, rows.arguments.data(), static_cast<size_t>(rows.dims + 1), nullptr));
     if (!out) throw py::error_already_set();
-    args.m = m;
-    args.a = pointer<const void>(a);
-    args.a_type = args.c_type = static_cast<DType>(type);
+    args.m = rows.count;
+    args.a = rows.memory;
+    args.lda = rows.stride;
+    args.a_type = args.c_type = rows.type;
     args.c = pointer<void>(address(out.ptr()));
     args.ldc = packed_->n;
     args.bias = pointer<const float>(bias_);
     args.static_scale = static_scale_;
     args.static_zero = static_zero_;
     return out;
+  }
+
+  // Whether codes of x for one are codes for the other.
+  bool quantizes_like(const LinearPlan& other) const {
+    return same_codes(*packed_, *other.packed_) && static_scale_ == other.static_scale_ && static_zero_ == other.static_zero_;
   }
 
   bool unchanged(bool hooks_checked) const {
@@ -145,7 +233,8 @@ void bind_torch_call(py::module_& m) {
   py::class_<LinearPlan>(m, "LinearPlan", collectable<LinearPlan>())
       .def(py::init<std::shared_ptr<PackedWeight>, py::list, py::object, py::tuple, py::list, py::list, py::dict, uintptr_t, float,
                     int32_t>())
-      .def("__call__", &LinearPlan::operator());
+      .def("__call__", &LinearPlan::operator())
+      .def_static("together", &LinearPlan::together);
 }
 
 }  // namespace halfbyte

@@ -28,6 +28,13 @@ void check_args(const PackedWeight& packed, const LinearArgs& args) {
   check(!args.gate || (same_codes(packed, *args.gate) && packed.n == args.gate->n), op,
         ": the gate must have the shape and scheme of the weight");
   check(!args.gate || args.c_type != DType::i32, op, ": a gated product has no int32 output");
+  if (args.norm) {
+    check(packed.k > 0 && packed.k <= quantize_rows::max_k, op, ": a norm is of 1 to ", quantize_rows::max_k,
+          " elements, not ", packed.k);
+    check(args.norm->kind == norm::Kind::layer || !args.norm->bias, op, ": an rms norm has no bias");
+    check(std::isfinite(args.norm->eps) && args.norm->eps >= 0, op, ": eps must be finite and not negative, got ",
+          args.norm->eps);
+  }
   if (args.static_scale == 0) return;
   check(packed.format.activation_group == 0, op, ": activations are scaled per group here; a static scale is per tensor");
   check(std::isfinite(args.static_scale) && args.static_scale >= 0x1p-100f, op,
@@ -78,27 +85,23 @@ void run_linear(const PackedWeight& packed, const LinearArgs& args) {
   check_args(packed, args);
   if (args.m == 0 || packed.n == 0) return;
   const Product product = product_of(packed, args);
-  gemm({&product, 1}, input_of(args), args.m, args.threads);
+  gemm({&product, 1}, input_of(args), args.norm, args.m, args.threads);
 }
 
-void run_linears(std::span<const LinearOutput> outputs, const LinearArgs& args) {
-  check(!outputs.empty() && outputs.size() <= max_products, "linears: takes 1 to ", max_products, " weights, not ",
-        outputs.size());
-  check(!args.residual && !args.gate, "linears: takes no residual and no gate");
+void run_linears(std::span<const LinearCall> calls) {
+  check(!calls.empty() && calls.size() <= max_products, "linears: takes 1 to ", max_products, " weights, not ", calls.size());
+  const LinearArgs& first = calls[0].args;
   Product products[max_products];
   int64_t columns = 0;
-  for (size_t i = 0; i < outputs.size(); ++i) {
-    const LinearOutput& out = outputs[i];
-    check(same_codes(*out.packed, *outputs[0].packed), "linears: weight ", i, " is of another op or quantizes x in another way than weight 0");
-    LinearArgs own = args;
-    own.c = out.c;
-    own.ldc = out.ldc;
-    own.bias = out.bias;
-    check_args(*out.packed, own);
-    products[i] = product_of(*out.packed, own);
-    columns += out.packed->n;
+  for (size_t i = 0; i < calls.size(); ++i) {
+    const auto& [packed, args] = calls[i];
+    check(same_codes(*packed, *calls[0].packed), "linears: weight ", i,
+          " is of another op or quantizes x in another way than weight 0");
+    check_args(*packed, args);
+    products[i] = product_of(*packed, args);
+    columns += packed->n;
   }
-  if (args.m > 0 && columns > 0) gemm({products, outputs.size()}, input_of(args), args.m, args.threads);
+  if (first.m > 0 && columns > 0) gemm({products, calls.size()}, input_of(first), first.norm, first.m, first.threads);
 }
 
 }  // namespace halfbyte

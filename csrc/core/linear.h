@@ -5,6 +5,7 @@
 
 #include "core/dispatch.h"
 #include "core/packed_weight.h"
+#include "ops/norm/op.h"
 
 namespace halfbyte {
 
@@ -88,19 +89,19 @@ struct LinearArgs {
   // Of a gated product, c = (x W^T + bias) * activation(x G^T + gate_bias) + residual: G, of the shape and format of W.
   const PackedWeight* gate = nullptr;
   const float* gate_bias = nullptr;
+  // What the rows of x go through first, and are quantized from as float32: its kind, weight, bias and eps. May be null.
+  const norm::Args* norm = nullptr;
 };
 
-// One where the sums of another weight on the same rows go to.
-struct LinearOutput {
+struct LinearCall {
   const PackedWeight* packed;
-  void* c;
-  int64_t ldc;
-  const float* bias;  // may be null
+  LinearArgs args;
 };
 
 // Throw std::invalid_argument.
 void run_linear(const PackedWeight& packed, const LinearArgs& args);
-// Several weights on one x (query, key and value), which is quantized once: `args` without c, ldc, bias, residual and gate.
-void run_linears(std::span<const LinearOutput> outputs, const LinearArgs& args);
+// Several weights on one x (query, key and value), which is quantized once. It is that of the first call, as are m, the
+// norm, the static scale and the threads.
+void run_linears(std::span<const LinearCall> calls);
 
 }  // namespace halfbyte

@@ -131,7 +131,6 @@ def embedding(
     out_type: int,
     threads: int,
 ) -> None: ...
-
 def norm(
     rms: bool,
     m: int,
@@ -183,7 +182,6 @@ def rope(
     first_position: int,
     threads: int,
 ) -> None: ...
-
 def attention(
     batch: int,
     queries: int,
@@ -238,6 +236,20 @@ class LinearPlan:
         static_zero: int,
     ) -> None: ...
     def __call__(self, x: object, activation: int, threads: int, hooks_checked: bool) -> object | None: ...
+    @staticmethod
+    def together(
+        x: object,
+        given: tuple[tuple[LinearPlan, int, LinearPlan | None, object | None], ...],
+        norm: tuple[bool, int, int, float] | None,
+        threads: int,
+    ) -> list | None:
+        """What up to three layers that quantize alike make of one x [..., k], through a norm if one is given.
+
+        given: (plan, activation, plan of the gate or None, residual [..., n] of the dtype of x, or None) of
+        each: `(x W^T + bias) * activation(x G^T + gate_bias) + residual`, or `activation(x W^T + bias) +
+        residual`. norm: (whether it is an RMSNorm, weight, bias, eps), addresses of float32 [k] that the
+        caller keeps alive, 0 where there is none. Returns the outputs [..., n], of the dtype of x.
+        """
 
 class Watch:
     """Notices changes. entries: (dictionary, key, object or None, version): an object that is another one

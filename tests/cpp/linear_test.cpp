@@ -127,9 +127,42 @@ struct Coded {
   std::vector<Row> parts;
 };
 
+// Through a norm: what the norm and the linear op give one after the other.
+void test_normed(Rng& rng, const Weight& w, const std::string& isa, int m, int threads) {
+  const int n = w.n, k = w.k;
+  if (k == 0) return;
+  const Matrix x(rng, m, k, floats[below(rng, 3)]);
+  const bool rms = below(rng, 2), has_weight = below(rng, 2), has_bias = !rms && below(rng, 2);
+  Guarded<float> weight(rng, k), bias(rng, k), normed(rng, int64_t{m} * k), c(rng, int64_t{m} * n), want(rng, int64_t{m} * n);
+  for (int i = 0; i < k; ++i) weight[i] = 1 + uniform(rng) / 2, bias[i] = uniform(rng);
+  norm::Args through{};
+  through.kind = rms ? norm::Kind::rms : norm::Kind::layer;
+  through.weight = has_weight ? weight.data() : nullptr;
+  through.bias = has_bias ? bias.data() : nullptr;
+  through.eps = 1e-5f;
+  LinearArgs args{.m = m, .a = x.bytes.data(), .lda = x.ld, .a_type = x.type, .c = c.data(), .ldc = n, .c_type = DType::f32,
+                  .bias = nullptr, .activation = static_cast<Activation>(below(rng, 5)), .residual = nullptr, .ldr = 0,
+                  .residual_type = DType::f32, .static_scale = w.per_token() && below(rng, 4) == 0 ? 0.05f : 0,
+                  .static_zero = 3, .threads = threads, .norm = &through};
+  run_linear(*w.packed, args);
+  norm::Args alone = through;
+  alone.k = alone.ldo = k;
+  alone.x = x.bytes.data();
+  alone.ldx = x.ld;
+  alone.x_type = x.type;
+  alone.out = normed.data();
+  norm::run(alone, m, 1);
+  args.a = normed.data(), args.lda = k, args.a_type = DType::f32, args.c = want.data(), args.norm = nullptr, args.threads = 1;
+  run_linear(*w.packed, args);
+  for (int64_t i = 0; i < int64_t{m} * n; ++i) {
+    if (!same(c[i], want[i])) die(isa + ": " + w.op->name + " through a norm differs from norm, then " + w.op->name);
+  }
+}
+
 }  // namespace
 
 void test_linear(Rng& rng, const Weight& w, const std::string& isa, int m, int threads) {
+  test_normed(rng, w, isa, m, threads);
   const int n = w.n, k = w.k;
   Matrix x(rng, m, k, floats[below(rng, 3)]), residual(rng, m, n, floats[below(rng, 3)]);
   const bool integers = w.plain() && below(rng, 5) == 0, has_bias = !integers && below(rng, 2),
@@ -215,6 +248,11 @@ void test_call_errors() {
   bad("an output without memory", w, [](auto& a) { a.c = nullptr; });
   bad("int32 output of groups", grouped, [](auto& a) { a.c_type = DType::i32; });
   bad("a static scale of groups", grouped, [](auto& a) { a.static_scale = 1; });
+  norm::Args through{};
+  through.eps = -1;
+  bad("a norm with a negative eps", w, [&](auto& a) { a.norm = &through; });
+  through.eps = 1, through.kind = norm::Kind::rms, through.bias = x;
+  bad("an rms norm with a bias", w, [&](auto& a) { a.norm = &through; });
 }
 
 void test_pack_errors() {

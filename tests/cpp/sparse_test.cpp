@@ -205,11 +205,12 @@ void test_linears(Rng& rng, const Format& f, const std::string& isa, int m, int 
   args.residual = nullptr;
   for (const int threads : {1, 2, 3}) {
     std::vector<Output> out;
-    std::vector<LinearOutput> outputs;
+    std::vector<LinearCall> calls;
     for (const auto& w : pairs) out.emplace_back(m, w->n, w->n, args.c_type);
-    for (size_t i = 0; i < pairs.size(); ++i) outputs.push_back({&*pairs[i]->sparse, out[i].data(), pairs[i]->n, args.bias});
-    args.threads = threads;
-    run_linears(outputs, args);
+    for (size_t i = 0; i < pairs.size(); ++i) {
+      args.threads = threads, args.c = out[i].data(), args.ldc = pairs[i]->n, calls.push_back({&*pairs[i]->sparse, args});
+    }
+    run_linears(calls);
     for (size_t i = 0; i < pairs.size(); ++i) {
       args.ldc = pairs[i]->n;
       const std::string where = describe(isa, *pairs[i], m, "run_linears");
@@ -349,9 +350,8 @@ void test_sparse_errors(Rng& rng) {
     bad_call("a dense gate", [&](auto& args) { args.gate = &dense, run_linear(packed, args); });
     bad_call("a gate with zeros", [&](auto& args) { args.gate = &packed, run_linear(dense, args); });
     bad_call("linears of two ops", [&](auto& args) {
-      const LinearOutput outputs[] = {{&packed, args.c, 2, nullptr}, {&dense, args.c, 2, nullptr}};
-      args.residual = nullptr;
-      run_linears(outputs, args);
+      const LinearCall calls[] = {{&packed, args}, {&dense, args}};
+      run_linears(calls);
     });
     if (is_codes && !f.group) continue;
     bad_call("int32 sums of floats or groups", [&](auto& args) {

@@ -24,8 +24,9 @@ def fuse_(model: nn.Module) -> nn.Module:
 
     Known are, of transformers, BERT (which MiniLM is), RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT, ELECTRA,
     MPNet, Llama, Mistral and Qwen2; torch.nn.TransformerEncoder and TransformerEncoderLayer; wherever they
-    are in the model. And, among quantized layers of other modules, a linear layer followed by an activation
-    or a residual sum, and gated products. Layers may be of any scheme and any mixture, float32 included.
+    are in the model. And, among quantized layers of other modules, a linear layer with the norm before it
+    and the activation, the gate's product and the residual sum after it. Layers may be of any scheme and any
+    mixture, float32 included.
 
     Blocks run in one call into the core, with float32 between their layers, so that results differ from the
     unfused ones by roundings. Modules, parameters and buffers stay where and what they are: state_dict, save,

@@ -12,9 +12,9 @@ from .attach import check_input, fused_of, recorder
 from .cache import KVCache, Shape, cache_dtype, kv_of, publish
 from .capture import FusedTransformer
 from .causal import mask_of, positions_of
-from .parts import activation_of, defined_in, origin, origins
+from .parts import activation_of, defined_in, origin, origins, rms_norm
 from .rope import Rope
-from .stack import BlockSpec, CannotFuse, FusedStack, NormSpec, StackSpec, modules_of
+from .stack import BlockSpec, CannotFuse, FusedStack, StackSpec, modules_of
 
 _MODELS = "transformers.models."
 _ATTENTIONS = (None, "sdpa", "eager")
@@ -87,7 +87,7 @@ class FusedDecoder(FusedTransformer):
                 activation=activation_of(mlp.act_fn),
                 rotary_dims=size,
                 blocks=blocks,
-                last_norm=_norm(module.norm),
+                last_norm=rms_norm(module.norm),
                 modules=modules_of(*layers, module.norm, rotary),
                 settings=[(module.config, name) for name in ("sliding_window", "use_sliding_window")],
             )
@@ -103,7 +103,7 @@ class FusedDecoder(FusedTransformer):
         if own.training and own.attention_dropout:
             raise CannotFuse("its attention has dropout in training mode: call .eval() first")
         return BlockSpec(
-            *(_norm(norm) for norm in norms),
+            *(rms_norm(norm) for norm in norms),
             own.q_proj,
             own.k_proj,
             own.v_proj,
@@ -349,7 +349,3 @@ def _layers(module: nn.Module) -> list[nn.Module]:
 
 def _parts(layers: list[nn.Module]) -> list[tuple[nn.Module, nn.Module]]:
     return [(layer.self_attn, layer.mlp) for layer in layers]
-
-
-def _norm(module: nn.Module) -> NormSpec:
-    return NormSpec(module.weight, None, module.variance_epsilon)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import sys
 from collections.abc import Callable
 
@@ -31,6 +32,11 @@ _FUNCTIONS = {
     functional.silu: "silu",
 }
 _MODULES = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Identity: "none"}
+_RMS_NORMS = {
+    ("transformers.models.llama.modeling_llama", "LlamaRMSNorm"),
+    ("transformers.models.mistral.modeling_mistral", "MistralRMSNorm"),
+    ("transformers.models.qwen2.modeling_qwen2", "Qwen2RMSNorm"),
+}
 
 
 def activation_of(function: Callable) -> str:
@@ -58,6 +64,34 @@ def layer_norm(module: nn.Module, size: int) -> NormSpec:
     if module.normalized_shape != (size,):
         raise CannotFuse(f"its norm is over {tuple(module.normalized_shape)}, not over {size}")
     return NormSpec(module.weight, module.bias, module.eps)
+
+
+def rms_norm(module: nn.Module) -> NormSpec:
+    """Of one that is written as Llama's."""
+    return NormSpec(module.weight, None, module.variance_epsilon)
+
+
+def any_norm(module: nn.Module) -> tuple[bool, NormSpec, int]:
+    """(whether it is an RMSNorm, it, of how many elements) of a norm over the last dimension."""
+    name = type(module).__name__
+    if rms := origin(module) in _RMS_NORMS:
+        norm, shape = rms_norm(module), tuple(module.weight.shape)
+    elif rms := type(module) is nn.RMSNorm:
+        eps = torch.finfo(torch.float32).eps if module.eps is None else module.eps
+        norm, shape = NormSpec(module.weight, None, eps), module.normalized_shape
+    elif type(module) is nn.LayerNorm:
+        norm, shape = NormSpec(module.weight, module.bias, module.eps), module.normalized_shape
+    else:
+        raise CannotFuse(f"the core has no {name}")
+    if (
+        len(shape) != 1
+        or shape[0] == 0
+        or any(v is not None and v.shape != shape for v in (norm.weight, norm.bias))
+    ):
+        raise CannotFuse(f"its {name} is over {tuple(shape)}")
+    if not (isinstance(norm.eps, (int, float)) and math.isfinite(norm.eps) and norm.eps >= 0):
+        raise CannotFuse(f"the eps of its {name} is {norm.eps}")
+    return rms, norm, shape[0]
 
 
 def check_dropout(module: nn.Module) -> None:

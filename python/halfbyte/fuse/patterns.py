@@ -1,13 +1,11 @@
-"""Patterns among the quantized layers of modules that are no known block: activations go into the call of the
-layer before them; residual sums and gates are applied in place to what a layer gives.
+"""Patterns among the quantized layers of modules that are no known block: the norm before a layer, and the
+activation, the gate's product and the residual sum after it, go into the layer's call.
 """
 
 from __future__ import annotations
 
-import operator
 from collections import Counter
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +14,10 @@ from .. import _core, dispatch
 from ..ops import ACTIVATIONS
 from ..packed_layer import PackedLayer
 from .attach import Fused, argument_names, check_input
-from .parts import activation_of
-from .stack import _GLOBAL_HOOKS, _HOOKS, CannotFuse
+from .products import Product, find
+from .stack import CannotFuse
 from .trace import Step, Untraceable, trace
 
-_ACTIVATION, _GATED, _RESIDUAL = "linear + activation", "gated product", "linear + residual"
 _get_num_threads = torch.get_num_threads
 
 
@@ -63,7 +60,7 @@ def family(module: nn.Module) -> type[Fused] | None:
 
 
 class _Program:
-    """The steps of a module's forward, with what follows a quantized layer taken into its call."""
+    """The steps of a module's forward, those around a quantized layer in one call."""
 
     def __init__(self, module: nn.Module):
         self.found: list[str] = []  # the patterns, by name, one for each place
@@ -71,20 +68,16 @@ class _Program:
             traced = trace(module)
         except Untraceable:
             return
-        self._children = dict(module._modules)
-        self._uses = Counter(i for step in traced.steps for i in step.arguments)
-        self._skipped: list[nn.Module] = []  # activations that are not called
-        self._operations: list[_Operation] = []
-        for number, step in enumerate(traced.steps, 1):
-            self._operations.append(self._operation(number, step))
-        self._operations = [operation for operation in self._operations if operation.call is not None]
-        self._last = {i: operation.result for operation in self._operations for i in operation.arguments}
-        watched = [(vars(module), name, value, -2) for name, value in traced.values.items()]
-        for skipped in self._skipped:
-            watched += [
-                (vars(skipped), name, vars(skipped).get(name), -2) for name in ("forward", "approximate")
-            ]
-        self._watch = _core.Watch(watched, [*_GLOBAL_HOOKS, *(h for m in self._skipped for h in _hooks(m))])
+        children = dict(module._modules)
+        self._steps = [
+            Step(children[step.call] if isinstance(step.call, str) else step.call, step.arguments)
+            for step in traced.steps
+        ]
+        found = find(self._steps)
+        self.found = found.names
+        self._operations = self._in_order(found.calls)
+        settings = [(vars(module), name, value, -2) for name, value in traced.values.items()]
+        self._watch = _core.Watch(settings + found.watched, found.hooks)
 
     def unchanged(self) -> bool:
         """Whether the program still does what the forward does."""
@@ -92,103 +85,83 @@ class _Program:
 
     def __call__(self, x: Tensor) -> Tensor:
         values = {0: x}
-        for call, arguments, result, _ in self._operations:
-            values[result] = call(*[values[i] for i in arguments])
-            for i in arguments:
-                if self._last[i] == result:
-                    values.pop(i, None)  # its memory is free where the forward would free it
-        return values[result]
+        for operation in self._operations:
+            if operation.call is None or not operation.call(values):
+                for number in operation.steps:
+                    if number not in values:
+                        step = self._steps[number - 1]
+                        values[number] = step.call(*[values[i] for i in step.arguments])
+            for i in operation.last:
+                values.pop(i, None)  # its memory is free about where the forward would free it
+        return values[len(self._steps)]
 
-    def _operation(self, number: int, step: Step) -> _Operation:
-        call = self._children[step.call] if isinstance(step.call, str) else step.call
-        plain = _Operation(call, step.arguments, number, call if isinstance(call, PackedLayer) else None)
-        if (name := _activation(call)) and (before := self._single(step.arguments[0])) and before.linear:
-            self._take(before, _ACTIVATION)
-            if isinstance(call, nn.Module):
-                self._skipped.append(call)
-            return _Operation(_WithActivation(before.linear, name, call), before.arguments, number)
-        if call is operator.mul:
-            # The gate's product is ours alone: nothing else sees it change.
-            for here, other in (step.arguments, step.arguments[::-1]):
-                if (before := self._single(here)) and isinstance(before.call, _WithActivation):
-                    self.found.append(_GATED)
-                    return _Operation(_multiply, (here, other), number)
-        if call is operator.add:
-            for here, other in (step.arguments, step.arguments[::-1]):
-                if (before := self._single(here)) and before.linear:
-                    self._take(before, _RESIDUAL)
-                    return _Operation(_WithResidual(before.linear), (*before.arguments, other), number)
-        return plain
-
-    def _single(self, number: int) -> _Operation | None:
-        """The operation that makes a value which is used once."""
-        return self._operations[number - 1] if number and self._uses[number] == 1 else None
-
-    def _take(self, operation: _Operation, pattern: str) -> None:
-        """The next operation does the work of this one."""
-        self._operations[operation.result - 1] = operation._replace(call=None)
-        self.found.append(pattern)
+    def _in_order(self, calls: list[tuple[Product, ...]]) -> list[_Operation]:
+        """Calls, each where the first of its results is made, and the steps that are in none."""
+        taken = {number for call in calls for product in call for number in product.steps}
+        steps = range(1, len(self._steps) + 1)
+        placed = [(number, _Operation([number])) for number in steps if number not in taken]
+        for call in calls:
+            numbers = sorted({number for product in call for number in product.steps})
+            placed.append((min(product.result for product in call), _Operation(numbers, _Call(call))))
+        operations = [operation for _, operation in sorted(placed, key=lambda pair: pair[0])]
+        last = {}
+        for operation in operations:
+            for number in operation.steps:
+                last |= dict.fromkeys((number, *self._steps[number - 1].arguments), operation)
+        for number, operation in last.items():
+            if number != len(self._steps):
+                operation.last.append(number)
+        return operations
 
 
-class _Operation(NamedTuple):
-    """One call; arguments and result are numbers of values."""
+class _Operation:
+    """Some steps, and the call into the core that does them; without it, or where it will not, they are done
+    one by one, as in the forward.
+    """
 
-    call: Callable | None
-    arguments: tuple[int, ...]
-    result: int
-    linear: PackedLayer | None = None  # that `call` is
-
-
-class _WithActivation:
-    """A layer and the activation that follows it."""
-
-    def __init__(self, linear: PackedLayer, name: str, activation: Callable):
-        self._linear, self._code, self._activation = linear, ACTIVATIONS[name], activation
-
-    def __call__(self, x: Tensor) -> Tensor:
-        linear = self._linear
-        if (plan := linear._plan) is not None and linear.activation == "none":
-            y = plan(x, self._code, dispatch.thread_override or _get_num_threads(), False)
-            if y is not None:
-                return y
-        return self._activation(linear(x))  # makes the plan for the next time, where there can be one
+    def __init__(self, steps: list[int], call: _Call | None = None):
+        self.steps = steps
+        self.call = call
+        self.last: list[int] = []  # values that nothing needs after it
 
 
-class _WithResidual:
-    """A layer and the sum that follows it."""
+class _Call:
+    """Products of one x in one call."""
 
-    def __init__(self, linear: PackedLayer):
-        self._linear = linear
+    def __init__(self, products: tuple[Product, ...]):
+        self._products = products
+        self._x, self._norm = products[0].x, products[0].norm
+        self._results = [product.result for product in products]
 
-    def __call__(self, x: Tensor, residual: Tensor) -> Tensor:
-        linear = self._linear
-        if (plan := linear._plan) is not None:
-            y = plan(x, ACTIVATIONS[linear.activation], dispatch.thread_override or _get_num_threads(), False)
-            if y is not None:  # and nobody else has it
-                same = y.dtype == residual.dtype and y.shape == residual.shape
-                return y.add_(residual) if same else y + residual
-        return linear(x) + residual
-
-
-def _multiply(gate: Tensor, up: Tensor) -> Tensor:
-    return gate.mul_(up) if gate.dtype == up.dtype and gate.shape == up.shape else gate * up
-
-
-def _activation(call: Callable) -> str:
-    """The name of an activation that need not be called; empty for anything else."""
-    if isinstance(call, PackedLayer) or (isinstance(call, nn.Module) and _is_seen(call)):
-        return ""
-    try:
-        name = activation_of(call)
-    except CannotFuse:
-        return ""
-    return "" if name == "none" else name
+    def __call__(self, values: dict[int, Tensor]) -> bool:
+        """Whether it has put the results into `values`."""
+        x, norm = values[self._x], self._norm
+        if norm is not None and not norm.takes(x):
+            return False
+        given = []
+        for product in self._products:
+            if (one := _given(product, values)) is None:
+                return False
+            given.append(one)
+        threads = dispatch.thread_override or _get_num_threads()
+        results = _core.LinearPlan.together(x, tuple(given), norm and norm.given, threads)
+        if results is None:
+            return False
+        values.update(zip(self._results, results, strict=True))
+        return True
 
 
-def _hooks(module: nn.Module) -> list[dict]:
-    return [getattr(module, name) for name in _HOOKS]
-
-
-def _is_seen(module: nn.Module) -> bool:
-    """Whether something would notice that a module is not called."""
-    return "forward" in vars(module) or any(_hooks(module)) or any(_GLOBAL_HOOKS)
+def _given(product: Product, values: dict[int, Tensor]) -> tuple | None:
+    """What LinearPlan.together takes; None before there are plans, which the layers make when called, and
+    where an activation of a layer's own stands in the way.
+    """
+    layer, gate = product.layer, product.gate
+    activated = layer if gate is None else gate
+    own, code = activated.activation, ACTIVATIONS[product.activation or activated.activation]
+    if (product.activation and own != "none") or (gate is not None and layer.activation != "none"):
+        return None
+    plans = layer._plan, None if gate is None else gate._plan
+    if plans[0] is None or (gate is not None and plans[1] is None):
+        return None
+    residual = None if product.residual is None else values[product.residual]
+    return plans[0], code, plans[1], residual

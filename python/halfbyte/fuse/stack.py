@@ -281,35 +281,14 @@ class FusedStack:
             self._watched.append((vars(module), "_buffers", buffers, _IDENTITY))
             for holder in (module._parameters, buffers):
                 self._watched.append((holder, "", None, _LENGTH))
-                for attribute, tensor in holder.items():
-                    self._watch_tensor(holder, attribute, tensor)
+                self._watched += [watched(holder, attribute) for attribute in holder]
         for owner, attribute in self.spec.settings:
             self._watched.append((vars(owner), attribute, vars(owner).get(attribute), _IDENTITY))
         if any(_GLOBAL_HOOKS):
             raise CannotFuse("there are global module hooks")
 
-    def _watch_tensor(self, holder: dict, attribute: str, tensor: Tensor | None) -> None:
-        if tensor is None:
-            self._watched.append((holder, attribute, None, _IDENTITY))
-        elif tensor.is_inference():
-            raise CannotFuse(
-                "its tensors were made under torch.inference_mode(), where changes are not counted: "
-                "clone them outside of it"
-            )
-        else:
-            self._watched.append((holder, attribute, tensor, tensor._version))
-
-    def _float_vector(self, tensor: Tensor | None) -> int:
-        """Address of a vector in float32."""
-        if tensor is None:
-            return 0
-        _check_tensor(tensor)
-        vector = tensor.detach().float().contiguous()
-        self._kept.append(vector)
-        return vector.data_ptr()
-
     def _norm(self, norm: NormSpec) -> tuple[int, int, float]:
-        return self._float_vector(norm.weight), self._float_vector(norm.bias), norm.eps
+        return float_vector(norm.weight, self._kept), float_vector(norm.bias, self._kept), norm.eps
 
     def _linear(self, linear: LinearLike | None) -> tuple | None:
         """(packed, bias, static scale, static zero) for the core."""
@@ -329,7 +308,7 @@ class FusedStack:
         else:
             raise CannotFuse(f"its {type(linear).__name__} is no layer that the core knows")
         self._kept.append(packed)
-        return packed, self._float_vector(bias), *static
+        return packed, float_vector(bias, self._kept), *static
 
 
 def modules_of(*modules: nn.Module) -> list[nn.Module]:
@@ -340,6 +319,28 @@ def modules_of(*modules: nn.Module) -> list[nn.Module]:
             yield from module.modules()
 
     return list(dict.fromkeys(walk()))
+
+
+def watched(holder: dict, attribute: str) -> tuple[dict, str, Tensor | None, int]:
+    """An entry for Watch: a tensor in a dictionary of a module, or None, and its values."""
+    tensor = holder.get(attribute)
+    if tensor is None:
+        return holder, attribute, None, _IDENTITY
+    if tensor.is_inference():
+        raise CannotFuse(
+            "its tensors were made under torch.inference_mode(), where changes are not counted: "
+            "clone them outside of it"
+        )
+    return holder, attribute, tensor, tensor._version
+
+
+def float_vector(tensor: Tensor | None, kept: list) -> int:
+    """Address of a vector in float32, which is put into `kept`; 0 for None."""
+    if tensor is None:
+        return 0
+    _check_tensor(tensor)
+    kept.append(vector := tensor.detach().float().contiguous())
+    return vector.data_ptr()
 
 
 def _check_tensor(tensor: Tensor) -> None:
