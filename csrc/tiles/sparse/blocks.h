@@ -87,6 +87,10 @@ void few(const List<Units>* lists, const uint8_t* strip, bool add, float* out, i
       for (int v = 0; v < per_half; ++v) Units::store_sum(out + r * ld + h * half_panel + v * width, sum[h][r][v]);
 }
 
+// How far ahead of the multiplication a list is fetched. Weights of more than L2 come from L3 or memory, and the hardware sees one
+// line in a dozen loads: without, 4096x4096 float32 at 80 % zeros ran at half of the peak, and at 3/4 with half of this.
+constexpr int weights_ahead = 4096;
+
 // out[c][lane] (+)= the products of the blocks of a half, with rows in the lanes of `vectors` vectors.
 template <class Units, int channels, int vectors>
 void many(const List<Units>& list, const uint8_t* strip, bool add, float* out) {
@@ -102,6 +106,7 @@ void many(const List<Units>& list, const uint8_t* strip, bool add, float* out) {
     for (int64_t i = 0; i < list.count; ++i) {
       const uint8_t* const x = strip + int64_t{list.index[i]} * (lanes * 4);
       const uint8_t* const line = list.lines + i * Units::line_bytes + first * 4;
+      __builtin_prefetch(line + weights_ahead);
       typename Units::Sum y[vectors];
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) y[v] = Units::vector(x + v * width * 4);
