@@ -226,14 +226,16 @@ def test_codes_that_torch_computes_from_stay(gpu):
 # sparse layers and embeddings
 
 
-@pytest.mark.parametrize("scheme", ["w8a8+2:4", "w8a8+4:8", "f32+2:4", "bf16+block16x1"])
+@pytest.mark.parametrize(
+    "scheme", ["w8a8+2:4", "w8a8+4:8", "w4a8_g32+block16x4", "f32+2:4", "bf16+block16x1"]
+)
 def test_sparse_layers(gpu, scheme):
-    weight = torch.randn(40, 64) * (torch.arange(64) % 4 < 2)
+    weight = torch.randn(40, 64) * (torch.arange(64) % 4 < 2) * (torch.arange(64) < 40)
     sparse, x = hb.sparsify(weight, scheme), torch.randn(5, 64)
     layer = hb.SparseLinear(sparse, torch.randn(40), activation="relu")
     y = layer(x)
-    if scheme.startswith("w8a8"):
-        dense = hb.QLinear(hb.QuantizedTensor(sparse.codes(), sparse.scale, hb.Scheme(8, 8)), layer.bias)
+    if sparse.scheme.quantized:
+        dense = hb.QLinear(sparse.to_quantized(), layer.bias)
         assert torch.equal(y, torch.relu(dense(x)))
     else:
         torch.testing.assert_close(y, torch.relu(x @ sparse.to_dense().T + layer.bias))
@@ -241,7 +243,7 @@ def test_sparse_layers(gpu, scheme):
     assert layer._prepare().kernel in repr(layer) and "not packed yet" in repr(hb.SparseLinear(sparse))
     row = hb.summary(nn.Sequential(layer)).layers[0]
     assert row.kernel.startswith(layer._prepare().kernel) and row.break_even is None
-    assert row.why_torch == ("" if scheme.startswith("w8a8") else "no kernel for sparse floats")
+    assert row.why_torch == ("" if sparse.scheme.quantized else "no kernel for sparse floats")
     x.requires_grad_()
     layer.activation = "none"
     layer(x).sum().backward()

@@ -272,6 +272,7 @@ SPARSE = [
     ("w8a8+block16x4", "blocks", "spmm_block_w8a8"),
     ("w8a8+unstructured", "blocks", "spmm_block_w8a8"),
     ("w8a8+unstructured", "", "linear_w8a8"),
+    ("w4a8_g64+block16x4", "blocks", "linear_w4a8"),
     ("f32+unstructured", "", "torch"),
     ("bf16+block16x1", "blocks", "torch"),
 ]
@@ -291,7 +292,7 @@ def test_sparse_weights(gpu, scheme, pattern, kernel, shape):
         codes = packed.rows()
         assert torch.equal(codes[:n, :k], sparse.codes()) and not codes[n:].any() and not codes[:, k:].any()
         x = torch.randn(140, k)
-        dense = hb.pack(hb.QuantizedTensor(sparse.codes(), sparse.scale, hb.Scheme(8, 8)))
+        dense = hb.pack(sparse.to_quantized())
         left = packed.weight.numel() / dense.weight.numel()
         assert left <= 0.625 or not kernel.startswith("spmm") or k < 64
         for m in (1, 5, 33, 140):

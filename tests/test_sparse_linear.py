@@ -232,6 +232,18 @@ def test_state_dicts_of_other_zeros(name):
     assert set(other.state_dict()) - {"input_scale", "input_zero"} == own
 
 
+def test_a_state_with_group_scales_of_another_dtype():
+    for dtype in (torch.float16, torch.float32):
+        layer = make("w4a8_g32+block16x4")
+        other = sparse((N, K), "w4a8_g32+block16x4", seed=7)
+        scale = other.group_scale.to(dtype) * (1.2345 if dtype == torch.float32 else 1)
+        other = hb.SparseLinear(dataclasses.replace(other, group_scale=scale), torch.randn(N))
+        layer.load_state_dict(other.state_dict())
+        same(layer.weight_group_scale, scale)
+        x = torch.randn(3, K)
+        same(layer(x), other(x))
+
+
 def test_states_of_another_kind():
     layer = make("w8a8+2:4")
     before = {key: value.clone() for key, value in layer.state_dict().items()}

@@ -8,6 +8,7 @@ namespace halfbyte {
 constexpr int panel_width = 32;
 constexpr int quad = 4;
 constexpr int k_multiple = 64;
+constexpr int high_nibble = 16;  // what a 4-bit code in the high half of a byte counts
 constexpr int byte_line = panel_width * quad;  // bytes of one quad of a panel of 8-bit codes; of 4-bit codes: half
 
 // What the driver has room for.
@@ -31,7 +32,8 @@ struct GroupFormat {
 // With groups: t[r][c], float32, the sum over the groups g, in their order, of
 //   float(sum_k a (b - zero)) * scale[c][g] * a_scale[r][g] + (float(sum_k a) * a_scale[r][g]) * minimum[c][g]
 // with the factors and the second term that are there. Without zero points b is off by 128 (bytes, NF4), or by 8 (nibbles).
-// Channels 16-31 of a panel of nibbles, which lie in the high halves of its bytes, count 16 times: nothing shifts them.
+// Channels 16-31 of a panel of nibbles, which lie in the high halves of its bytes, count 16 times: nothing shifts them. Of sparse
+// nibbles all channels do.
 //
 // Of sparse weights the products of the values that are stored, which are signed: acc[r][c] = sum of (a + offset) b with
 // GemmTile::offset.

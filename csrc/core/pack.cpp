@@ -14,8 +14,6 @@ namespace {
 
 constexpr int byte_offset = 128, nibble_offset = 8;
 
-constexpr float high_nibble = 16;  // what channels 16-31 of a panel of nibbles count
-
 int64_t count_groups(const StoredWeight& w) { return w.group ? (w.k + w.group - 1) / w.group : 1; }
 
 void check_weight(const LinearOp& op, const StoredWeight& w) {

@@ -232,6 +232,13 @@ int64_t pack_panel(const LinearOp& op, const SparseWeight& w, int64_t first, int
   });
 }
 
+int32_t sum_of(const SparseWeight& w, int64_t j) {
+  const Values<int8_t> code{w};
+  int32_t sum = 0;
+  for (int64_t i = 0; i < w.k; ++i) sum += code(j, i);
+  return sum;
+}
+
 // The sum of a channel's weights before their scale, as pack_linear has it.
 float total_of(const SparseWeight& w, int64_t j) {
   const Values<int8_t> code{w};
@@ -252,8 +259,9 @@ PackedWeight pack_sparse(const LinearOp& op, const SparseWeight& w, int threads)
   const int64_t count = round_up(w.n, panel_width) / panel_width, k_padded = round_up(w.k, k_multiple);
   std::vector<Bytes> panels(static_cast<size_t>(count));
   std::vector<int64_t> stored(static_cast<size_t>(count)), offsets{0};
-  const int wanted = threads > 0 ? threads : default_threads();
-  parallel(static_cast<int>(std::min<int64_t>(wanted, std::max<int64_t>(1, count))), [&](Team& team) {
+  const int64_t wanted = threads > 0 ? threads : default_threads();
+  const int used = static_cast<int>(std::min(wanted, std::max<int64_t>(1, count)));
+  parallel(used, [&](Team& team) {
     const Piece mine = piece(count, team);
     for (int64_t p = mine.begin; p < mine.end; ++p) {
       const auto at = static_cast<size_t>(p);
@@ -276,21 +284,22 @@ PackedWeight pack_sparse(const LinearOp& op, const SparseWeight& w, int threads)
     format.activation_group = format.groups.quads * quad;
   }
   PackedWeight packed(format, std::move(offsets), total);
-  const Values<int8_t> code{w};
-  for (size_t p = 0; p < panels.size(); ++p) {
-    std::memcpy(packed.panel(static_cast<int64_t>(p)), panels[p].data(), static_cast<size_t>(panels[p].used()));
-  }
-  for (int64_t j = 0; j < packed.n_padded; ++j) {
-    packed.scale()[j] = codes ? (j < w.n ? w.scale[j] : 0.0f) : 1.0f;
-    if (w.group) {  // sums count 16 times: tiles/sparse/blocks_int4.h
-      packed.scale()[j] /= 16;
-      packed.total()[j] = j < w.n ? 16 * total_of(w, j) : 0.0f;
-      continue;
+  parallel(used, [&](Team& team) {
+    const Piece mine = piece(count, team);
+    for (int64_t p = mine.begin; p < mine.end; ++p) {
+      const Bytes& panel = panels[static_cast<size_t>(p)];
+      std::memcpy(packed.panel(p), panel.data(), static_cast<size_t>(panel.used()));
+      for (int64_t j = p * panel_width; j < (p + 1) * panel_width; ++j) {
+        packed.scale()[j] = codes ? (j < w.n ? w.scale[j] : 0.0f) : 1.0f;
+        if (w.group) {
+          packed.scale()[j] /= high_nibble;
+          packed.total()[j] = j < w.n ? high_nibble * total_of(w, j) : 0.0f;
+        } else {
+          packed.sum()[j] = codes && j < w.n ? sum_of(w, j) : 0;  // 0.0f of floats, too
+        }
+      }
     }
-    int32_t sum = 0;
-    for (int64_t i = 0; codes && j < w.n && i < w.k; ++i) sum += code(j, i);
-    packed.sum()[j] = sum;  // 0.0f of floats, too
-  }
+  });
   packed.settle();
   return packed;
 }

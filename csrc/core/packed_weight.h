@@ -10,7 +10,7 @@
 //            that a panel is one stream. k is padded to 64 (one AMX tile row), channels to 32, so no kernel has a tail in
 //            k and every load is whole.
 //   scale    [n_padded] float32
-//            The panels of sparse weights: core/pack_sparse.cpp.
+//            The panels of sparse weights: core/sparse_panel.h.
 //   sum      [n_padded], for the zero point of activations: int32 sum of a channel's codes; with groups float32 `total`,
 //            the sum of its weights before `scale`
 #pragma once

@@ -1,5 +1,5 @@
-// The panels of sparse weights, of 32 channels each; core/pack_sparse.cpp writes them. Every array starts on a cache line, at
-// the given number of bytes from the header. A half is 16 channels.
+// The panels of sparse weights, of 32 channels each; core/pack_sparse.cpp and pack_masks.cpp write them. Every array starts on a
+// cache line, at the given number of bytes from the header. A half is 16 channels.
 //
 //   blocks    per half the blocks of 16 channels x quad k (int8) or 16 x 1 (floats) that are not all zero, ascending in k.
 //               index   uint16 (int8) or uint32 (floats): k of the block / its width in k

@@ -25,6 +25,7 @@ from .torch_ops import known_pack, pack_lock, packed_weight, state, static_of
 from .weight_view import WeightView
 
 INPUT_BUFFERS = ("input_scale", "input_zero")
+GROUP_DTYPES = (torch.float16, torch.float32)  # of group scales and minima
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of the dtype codes of the core
 
@@ -306,6 +307,12 @@ class PackedLayer(nn.Module):
             if (saved[name] is None) != (self._buffers[name] is None):
                 value, device = saved[name], self.device
                 self._buffers[name] = None if value is None else torch.empty_like(value, device=device)
+
+    def _follow_dtype(self, saved: dict[str, Tensor | None], name: str) -> None:
+        """Group scales and what belongs to them are float16 or float32."""
+        buffer, value = self._buffers[name], saved[name]
+        if buffer is not None and value is not None and value.dtype in GROUP_DTYPES:
+            self._buffers[name] = buffer.to(value.dtype)
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_buffers": self._buffers, "_plan": None, "_prepared": None}

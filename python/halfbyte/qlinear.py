@@ -112,9 +112,7 @@ class QLinear(PackedLayer):
         if self.scheme.asym and (saved["weight_zero"] is None) != (saved["weight_minimum"] is None):
             self._follow_presence(saved, ("weight_zero", "weight_minimum"))
         for name in ("weight_group_scale", "weight_minimum"):
-            buffer, value = self._buffers[name], saved[name]
-            if buffer is not None and value is not None and value.dtype in (torch.float16, torch.float32):
-                self._buffers[name] = buffer.to(value.dtype)
+            self._follow_dtype(saved, name)
 
 
 def other_format(scheme: Scheme, state_dict: dict, prefix: str, metadata: dict) -> str | None:

@@ -2,7 +2,8 @@
 // input features, which are neither stored nor multiplied.
 //
 //   t[m][n] = sum over the groups g of float(sum_k qa[m][k] qw[n][k]) group_scale[n][g]      one fma per group, in order of g
-//   y, c: as linear_w4a8, whose results these are bit for bit, on every instruction set
+//   y, c: as linear_w4a8, whose results these are bit for bit, on every instruction set, while 16 t and scale / 16 are normal
+//         numbers
 #pragma once
 
 namespace halfbyte {

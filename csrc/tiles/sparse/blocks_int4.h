@@ -226,7 +226,7 @@ constexpr ManyInt4 many_int4_tiles[4] = {many_int4<int4_channels<1>, 1>, many_in
   for (int p = 0; p < t.panels; ++p) {
     for (int h = 0; h < 2; ++h) halves[p][h] = nibble_half(t, panel(p), h);
   }
-  for (int64_t first = 0; first < t.quads; first += unpacked_quads) {
+  for (int64_t first = 0; first == 0 || first < t.quads; first += unpacked_quads) {
     const int64_t quads = t.quads - first < unpacked_quads ? t.quads - first : unpacked_quads;
     const uint8_t* const strip = static_cast<const uint8_t*>(t.a) + first * lanes * 4;
     for (int p = 0; p < t.panels; ++p) {

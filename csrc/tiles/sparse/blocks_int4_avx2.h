@@ -37,7 +37,8 @@ void word_nibbles(const TileArgs& t, WordNibbles half, int first, const int16_t*
         }
       }
     }
-    const F scale = scale_bytes == half_panel * 4 ? load<DType::f32>(half.scales + first * 4) : load<DType::f16>(half.scales + first * 2);
+    const bool wide = scale_bytes == half_panel * 4;
+    const F scale = wide ? load<DType::f32>(half.scales + first * 4) : load<DType::f16>(half.scales + first * 2);
     half.scales += scale_bytes;
 #pragma GCC unroll 6
     for (int r = 0; r < rows; ++r) {

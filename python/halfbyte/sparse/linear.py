@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..errors import DTypeError, HalfbyteError
 from ..modules import float_bias, linear_weight
-from ..packed_layer import PackedLayer
+from ..packed_layer import GROUP_DTYPES, PackedLayer
 from .scheme import SparseScheme
 from .tensor import PARTS, SparseTensor, density, sparsify
 from .torch_ops import sparse_linear
@@ -119,6 +119,7 @@ class SparseLinear(PackedLayer):
             parts[part] = own
             if (value := state_dict.get(prefix + name)) is not None:
                 cast = isinstance(value, Tensor) and value.is_floating_point() and own.is_floating_point()
+                cast = cast and not (part == "group_scale" and value.dtype in GROUP_DTYPES)
                 parts[part], given = value.detach().to(own.dtype) if cast else value, True
         try:
             if given:
@@ -128,8 +129,9 @@ class SparseLinear(PackedLayer):
         return None
 
     def _follow(self, saved: dict[str, Tensor | None]) -> None:
-        """Also how many values there are."""
+        """Also how many values there are, and the dtype of group scales."""
         super()._follow(saved)
+        self._follow_dtype(saved, "weight_group_scale")
         if self.scheme.pattern.kind == "nm" or saved["weight_columns"] is None:
             return
         if len(saved["weight_columns"]) == len(saved["weight_values"]) != len(self.weight_values):
