@@ -133,6 +133,7 @@ inline void unpack_groups(const TileArgs& t, NibbleHalf& h, int64_t quads, Unpac
     I offset[per_half];
     for (int v = 0; v < per_half; ++v) offset[v] = set1_i(0);
     for (int i = *h.pairs++; i > 0; --i, h.index += 2, h.lines += line_bytes, index += 2, line += 2 * line_bytes) {
+      __builtin_prefetch(h.lines + weights_ahead);
       I low[per_half], high[per_half];
       unpack(h.lines, low, high);
       add_offsets(offset, low, high);
