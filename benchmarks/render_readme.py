@@ -244,7 +244,7 @@ def _sparse(results: list[dict]) -> str:
         ])  # fmt: skip
     return (
         "Layers with zeros, microseconds, and in brackets how many times as fast halfbyte is. "
-        "`halfbyte-dense` has the same int8 codes, zeros included; torch-csr and deepsparse have float32 "
+        "`halfbyte-dense` has the same codes, zeros included; torch-csr and deepsparse have float32 "
         "weights with as many zeros, anywhere; torch-fp32 is dense:\n\n"
         + markdown_table(["scheme", "m x n x k", "zeros", OURS, *others], rows)
     )

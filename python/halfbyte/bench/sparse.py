@@ -24,7 +24,14 @@ from .machine import describe
 DENSE = f"{OURS}-dense"
 SHAPES = ((128, 3072, 768), (512, 4096, 4096), (32, 4096, 4096), (1, 4096, 4096))
 SPARSITIES = (0.4, 0.5, 0.8, 0.9)
-SCHEMES = ("f32+block16x1", "f32+unstructured", "w8a8+block16x4", "w8a8+2:4", "w8a8+unstructured")
+SCHEMES = (
+    "f32+block16x1",
+    "f32+unstructured",
+    "w8a8+block16x4",
+    "w4a8_g128+block16x4",
+    "w8a8+2:4",
+    "w8a8+unstructured",
+)
 # What a scheme is compared with where nobody says, by its values; of codes always also the same ones, dense.
 _DEFAULTS = {
     "f32": ("torch-fp32", "torch-csr", "deepsparse"),
