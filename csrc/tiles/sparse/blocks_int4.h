@@ -36,20 +36,29 @@ HALFBYTE_INLINE void unpack(const uint8_t* line, I (&low)[per_half], I (&high)[p
   }
 }
 
-// Minus 128 times what the codes of two blocks add up to.
-HALFBYTE_INLINE void add_offsets(I (&offset)[per_half], const I (&low)[per_half], const I (&high)[per_half]) {
-  const I x = set1_i(static_cast<int32_t>(0x80808080u));
+// 128 times what the codes of a group add up to. In two sums, for a dot product waits for the last one of its sum.
+struct Offset {
+  I of_low[per_half], of_high[per_half];
+
+  HALFBYTE_INLINE Offset() {
 #pragma GCC unroll 16
-  for (int v = 0; v < per_half; ++v) {
-    dot4(offset[v], x, low[v]);
-    dot4(offset[v], x, high[v]);
+    for (int v = 0; v < per_half; ++v) of_low[v] = of_high[v] = set1_i(0);
   }
-}
+  HALFBYTE_INLINE void add(const I (&low)[per_half], const I (&high)[per_half]) {
+    const I x = set1_i(static_cast<int32_t>(0x80808080u));
+#pragma GCC unroll 16
+    for (int v = 0; v < per_half; ++v) {
+      dot4(of_low[v], x, low[v]);
+      dot4(of_high[v], x, high[v]);
+    }
+  }
+  HALFBYTE_INLINE I all(int v) const { return add_i(of_low[v], of_high[v]); }
+};
 
 // out[r][c] = the scaled sums of a half. ahead: what is read next.
 template <int rows>
 void few_int4(const TileArgs& t, NibbleHalf h, float* out, const uint8_t* ahead) {
-  constexpr int chains = rows <= 4 ? 2 : 1;  // a dot product waits for the last one of its sum
+  constexpr int chains = rows <= 4 ? 2 : 1;
   const int64_t ld = int64_t{t.panels} * panel_width;
   F y[rows][per_half];
 #pragma GCC unroll 12
@@ -58,10 +67,10 @@ void few_int4(const TileArgs& t, NibbleHalf h, float* out, const uint8_t* ahead)
     for (int v = 0; v < per_half; ++v) y[r][v] = set1(0);
   const auto* x = static_cast<const uint8_t*>(t.a);
   for (int64_t left = t.quads; left > 0; left -= t.groups->quads, x += t.groups->quads * rows * 4) {
-    I sum[chains][rows][per_half], offset[per_half];
+    I sum[chains][rows][per_half];
+    Offset offset;
 #pragma GCC unroll 16
     for (int v = 0; v < per_half; ++v) {
-      offset[v] = set1_i(0);
 #pragma GCC unroll 24
       for (int r = 0; r < chains * rows; ++r) sum[r / rows][r % rows][v] = set1_i(0);
     }
@@ -70,7 +79,7 @@ void few_int4(const TileArgs& t, NibbleHalf h, float* out, const uint8_t* ahead)
       ahead += 64;
       I low[per_half], high[per_half];
       unpack(h.lines, low, high);
-      add_offsets(offset, low, high);
+      offset.add(low, high);
       const uint8_t *const first = x + int64_t{h.index[0]} * (rows * 4), *const second = x + int64_t{h.index[1]} * (rows * 4);
 #pragma GCC unroll 12
       for (int r = 0; r < rows; ++r) {
@@ -87,7 +96,7 @@ void few_int4(const TileArgs& t, NibbleHalf h, float* out, const uint8_t* ahead)
       const F scale = load_scales(h, v);
 #pragma GCC unroll 12
       for (int r = 0; r < rows; ++r) {
-        I all = sub_i(sum[0][r][v], offset[v]);
+        I all = sub_i(sum[0][r][v], offset.all(v));
         if constexpr (chains == 2) all = add_i(all, sum[1][r][v]);
         y[r][v] = fma(to_float(all), scale, y[r][v]);
       }
@@ -130,13 +139,12 @@ inline void unpack_groups(const TileArgs& t, NibbleHalf& h, int64_t quads, Unpac
   uint16_t* index = to.index;
   int groups = 0;
   for (int64_t first = 0; first < quads; first += t.groups->quads, ++groups) {
-    I offset[per_half];
-    for (int v = 0; v < per_half; ++v) offset[v] = set1_i(0);
+    Offset offset;
     for (int i = *h.pairs++; i > 0; --i, h.index += 2, h.lines += line_bytes, index += 2, line += 2 * line_bytes) {
       __builtin_prefetch(h.lines + weights_ahead);
       I low[per_half], high[per_half];
       unpack(h.lines, low, high);
-      add_offsets(offset, low, high);
+      offset.add(low, high);
       for (int v = 0; v < per_half; ++v) {
         store_i(reinterpret_cast<int32_t*>(line) + v * width, low[v]);
         store_i(reinterpret_cast<int32_t*>(line + line_bytes) + v * width, high[v]);
@@ -146,7 +154,7 @@ inline void unpack_groups(const TileArgs& t, NibbleHalf& h, int64_t quads, Unpac
     }
     to.pairs[groups] = h.pairs[-1];
     for (int v = 0; v < per_half; ++v) {
-      store_i(to.offset + groups * half_panel + v * width, sub_i(set1_i(0), offset[v]));
+      store_i(to.offset + groups * half_panel + v * width, sub_i(set1_i(0), offset.all(v)));
       store<DType::f32>(to.scale + groups * half_panel + v * width, load_scales(h, v));
     }
     h.scales += h.scale_bytes;
