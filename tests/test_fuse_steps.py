@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -262,3 +263,32 @@ def test_an_eps_that_float32_does_not_have(eps):
     with fused_calls(model):
         assert torch.equal(model(X), want)
     assert what(model) == "1 linear + activation"
+
+
+@pytest.mark.parametrize("changes", [False, True])
+@torch.no_grad()
+def test_two_threads_on_one_module(changes):
+    """Each gets its own input's output; also while a weight changes, and calls of both go the long way, which
+    has the same bits where torch does no more than relu.
+    """
+    model = made(nn.Sequential(nn.Linear(K, K), nn.ReLU()) if changes else PreNorm())
+    inputs = [torch.randn(rows, K) for rows in (3, 40)]
+    hb.fuse_(model)
+    want = [model(x) for x in inputs]
+    barrier, wrong = threading.Barrier(2), []
+
+    def work(i):
+        barrier.wait(60)
+        with torch.no_grad():
+            for _ in range(200):
+                if changes:
+                    model[0].weight_scale.mul_(1)
+                if not torch.equal(model(inputs[i]), want[i]):
+                    wrong.append(i)
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert not wrong and not any(worker.is_alive() for worker in workers)
