@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,6 +55,24 @@ def gpu(emulated_library) -> Iterator[Library]:
 
     with use_library(emulated_library) as library:
         yield library
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[int]:
+    """The number of products of each call into the core that a module fused by its patterns made."""
+    from halfbyte import _core
+    from halfbyte.fuse import patterns
+
+    seen = []
+
+    def together(x, given, *rest):
+        if (outs := _core.LinearPlan.together(x, given, *rest)) is not None:
+            seen.append(len(given))
+        return outs
+
+    plan = types.SimpleNamespace(together=together)
+    monkeypatch.setattr(patterns, "_core", types.SimpleNamespace(LinearPlan=plan, Watch=_core.Watch))
+    return seen
 
 
 @pytest.fixture(autouse=True)

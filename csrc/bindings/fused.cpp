@@ -9,13 +9,13 @@ namespace {
 
 using namespace fused;
 
-Norm norm_of(const py::handle given) {
+Norm norm_of(const py::handle given, bool rms) {
   const auto [weight, bias, eps] = given.cast<std::tuple<uintptr_t, uintptr_t, float>>();
-  return {pointer<const float>(weight), pointer<const float>(bias), eps};
+  return {rms ? norm::Kind::rms : norm::Kind::layer, pointer<const float>(weight), pointer<const float>(bias), eps};
 }
 
-std::optional<Norm> optional_norm(const py::object& given) {
-  return given.is_none() ? std::nullopt : std::optional(norm_of(given));
+std::optional<Norm> optional_norm(const py::object& given, bool rms) {
+  return given.is_none() ? std::nullopt : std::optional(norm_of(given, rms));
 }
 
 Linear linear_of(const py::dict& block, const char* name) {
@@ -28,14 +28,14 @@ Linear linear_of(const py::dict& block, const char* name) {
 std::shared_ptr<Stack> make_stack(int64_t hidden, int heads, int kv_heads, int head_size, float scale, bool pre_norm, bool rms,
                                   bool causal, int64_t window, int activation_code, int rotary_dims, bool interleaved,
                                   const py::object& first_norm, const py::object& last_norm, const py::list& blocks) {
-  auto stack = std::make_shared<Stack>(Stack{hidden, heads, kv_heads, head_size, scale, pre_norm, rms, causal, window,
-                                             activation(activation_code), rotary_dims, interleaved, optional_norm(first_norm),
-                                             optional_norm(last_norm), {}});
+  auto stack = std::make_shared<Stack>(Stack{hidden, heads, kv_heads, head_size, scale, pre_norm, causal, window,
+                                             activation(activation_code), rotary_dims, interleaved,
+                                             optional_norm(first_norm, rms), optional_norm(last_norm, rms), {}});
   for (const py::handle given : blocks) {
     const auto b = given.cast<py::dict>();
-    stack->blocks.push_back({norm_of(b["attention_norm"]), norm_of(b["mlp_norm"]), linear_of(b, "q"), linear_of(b, "k"),
-                             linear_of(b, "v"), linear_of(b, "o"), linear_of(b, "gate"), linear_of(b, "up"),
-                             linear_of(b, "down")});
+    stack->blocks.push_back({norm_of(b["attention_norm"], rms), norm_of(b["mlp_norm"], rms), linear_of(b, "q"),
+                             linear_of(b, "k"), linear_of(b, "v"), linear_of(b, "o"), linear_of(b, "gate"),
+                             linear_of(b, "up"), linear_of(b, "down")});
   }
   check_stack(*stack);
   return stack;

@@ -64,13 +64,11 @@ class LinearPlan {
   // plan of the gate or None, residual or None) of each. A list of the outputs, or None.
   static py::object together(const py::object& x, const py::tuple& given, const py::object& norm_given, int threads) {
     check(given.size() >= 1 && given.size() <= max_products, "linears: takes 1 to ", max_products, " layers, not ", given.size());
-    norm::Args through{};
+    norm::Parameters through;
     if (!norm_given.is_none()) {
       const auto [rms, weight, bias, eps] = norm_given.cast<std::tuple<bool, uintptr_t, uintptr_t, float>>();
-      through.kind = rms ? norm::Kind::rms : norm::Kind::layer;
-      through.weight = pointer<const float>(weight);
-      through.bias = pointer<const float>(bias);
-      through.eps = eps;
+      const auto kind = rms ? norm::Kind::rms : norm::Kind::layer;
+      through = {kind, pointer<const float>(weight), pointer<const float>(bias), eps};
     }
     std::array<LinearCall, max_products> calls{};
     size_t count = 0;

@@ -20,12 +20,9 @@ constexpr int64_t chunk_bytes = int64_t{4} << 20;
 thread_local Workspace workspace;  // the quantized chunk, and a row for each thread that normalizes
 
 // Of rows of `a`, which go through a norm into its codes.
-norm::Args norm_of(const norm::Args& through, const quantize_rows::Args& a, float* scratch) {
+norm::Args norm_of(const norm::Parameters& through, const quantize_rows::Args& a, float* scratch) {
   norm::Args n{};
-  n.kind = through.kind;
-  n.weight = through.weight;
-  n.bias = through.bias;
-  n.eps = through.eps;
+  static_cast<norm::Parameters&>(n) = through;
   n.k = a.k;
   n.x = a.x;
   n.ldx = a.ldx;
@@ -37,7 +34,7 @@ norm::Args norm_of(const norm::Args& through, const quantize_rows::Args& a, floa
 
 }  // namespace
 
-void gemm(std::span<const Product> products, quantize_rows::Args a, const norm::Args* through, int64_t m, int threads) {
+void gemm(std::span<const Product> products, quantize_rows::Args a, const norm::Parameters* through, int64_t m, int threads) {
   const PackedWeight& packed = *products[0].packed;
   const GemmKernel& kernel = kernel_of(packed, active_isas());
   const quantize_rows::Kernel& quantizer = quantize_rows::select();

@@ -31,9 +31,7 @@ void check_args(const PackedWeight& packed, const LinearArgs& args) {
   if (args.norm) {
     check(packed.k > 0 && packed.k <= quantize_rows::max_k, op, ": a norm is of 1 to ", quantize_rows::max_k,
           " elements, not ", packed.k);
-    check(args.norm->kind == norm::Kind::layer || !args.norm->bias, op, ": an rms norm has no bias");
-    check(std::isfinite(args.norm->eps) && args.norm->eps >= 0, op, ": eps must be finite and not negative, got ",
-          args.norm->eps);
+    norm::check_parameters(op, *args.norm);
   }
   if (args.static_scale == 0) return;
   check(packed.format.activation_group == 0, op, ": activations are scaled per group here; a static scale is per tensor");
@@ -41,6 +39,11 @@ void check_args(const PackedWeight& packed, const LinearArgs& args) {
         ": a static scale must be finite and at least 2^-100, got ", args.static_scale);
   check(args.static_zero >= -128 && args.static_zero <= 127, op, ": a static zero point must lie in [-128, 127], got ",
         args.static_zero);
+}
+
+bool same_input(const LinearArgs& a, const LinearArgs& b) {
+  return a.m == b.m && a.a == b.a && a.lda == b.lda && a.a_type == b.a_type && a.norm == b.norm &&
+         a.static_scale == b.static_scale && a.static_zero == b.static_zero && a.threads == b.threads;
 }
 
 quantize_rows::Args input_of(const LinearArgs& args) {
@@ -97,6 +100,7 @@ void run_linears(std::span<const LinearCall> calls) {
     const auto& [packed, args] = calls[i];
     check(same_codes(*packed, *calls[0].packed), "linears: weight ", i,
           " is of another op or quantizes x in another way than weight 0");
+    check(same_input(args, first), "linears: call ", i, " differs from call 0 in m, x, the norm, the static scale or the threads");
     check_args(*packed, args);
     products[i] = product_of(*packed, args);
     columns += packed->n;

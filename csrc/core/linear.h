@@ -89,8 +89,8 @@ struct LinearArgs {
   // Of a gated product, c = (x W^T + bias) * activation(x G^T + gate_bias) + residual: G, of the shape and format of W.
   const PackedWeight* gate = nullptr;
   const float* gate_bias = nullptr;
-  // What the rows of x go through first, and are quantized from as float32: its kind, weight, bias and eps. May be null.
-  const norm::Args* norm = nullptr;
+  // What the rows of x go through first, and are quantized from as float32. May be null.
+  const norm::Parameters* norm = nullptr;
 };
 
 struct LinearCall {
@@ -100,8 +100,8 @@ struct LinearCall {
 
 // Throw std::invalid_argument.
 void run_linear(const PackedWeight& packed, const LinearArgs& args);
-// Several weights on one x (query, key and value), which is quantized once. It is that of the first call, as are m, the
-// norm, the static scale and the threads.
+// Several weights on one x (query, key and value), which is quantized once: the calls agree in m, x, the norm, the static
+// scale and the threads.
 void run_linears(std::span<const LinearCall> calls);
 
 }  // namespace halfbyte

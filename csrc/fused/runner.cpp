@@ -147,13 +147,10 @@ void Runner::read_input() {
 
 norm::Args Runner::describe_norm(const Norm& parts) const {
   norm::Args n{};
-  n.kind = stack.rms ? norm::Kind::rms : norm::Kind::layer;
+  static_cast<norm::Parameters&>(n) = parts;
   n.k = stack.hidden;
   n.x = room.x;
   n.ldx = n.ldo = stack.hidden;
-  n.weight = parts.weight;
-  n.bias = parts.bias;
-  n.eps = parts.eps;
   n.scratch = reinterpret_cast<float*>(scratch);
   return n;
 }

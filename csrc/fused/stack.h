@@ -24,11 +24,7 @@ struct Linear {
   int32_t static_zero = 0;
 };
 
-struct Norm {
-  const float* weight = nullptr;  // null: ones
-  const float* bias = nullptr;
-  float eps = 0;
-};
+using Norm = norm::Parameters;
 
 struct Block {
   Norm attention_norm, mlp_norm;
@@ -39,7 +35,7 @@ struct Stack {
   int64_t hidden;
   int heads, kv_heads, head_size;
   float scale;  // of the products of query and key
-  bool pre_norm, rms, causal;
+  bool pre_norm, causal;
   int64_t window;  // 0: none; keys that a query sees, itself included
   Activation activation;
   int rotary_dims;  // 0: no rotary embedding

@@ -127,35 +127,52 @@ struct Coded {
   std::vector<Row> parts;
 };
 
-// Through a norm: what the norm and the linear op give one after the other.
+// Through a norm, of one weight or up to three at once, with gates and residuals: what the norm and then the linear op alone
+// give.
 void test_normed(Rng& rng, const Weight& w, const std::string& isa, int m, int threads) {
-  const int n = w.n, k = w.k;
+  const int n = w.n, k = w.k, count = 1 + below(rng, 3);
   if (k == 0) return;
-  const Matrix x(rng, m, k, floats[below(rng, 3)]);
+  const Matrix x(rng, m, k, floats[below(rng, 3)]), residual(rng, m, n, floats[below(rng, 3)]);
   const bool rms = below(rng, 2), has_weight = below(rng, 2), has_bias = !rms && below(rng, 2);
-  Guarded<float> weight(rng, k), bias(rng, k), normed(rng, int64_t{m} * k), c(rng, int64_t{m} * n), want(rng, int64_t{m} * n);
+  const int64_t size = int64_t{m} * n;
+  Guarded<float> weight(rng, k), bias(rng, k), normed(rng, int64_t{m} * k), c(rng, count * size), want(rng, size);
   for (int i = 0; i < k; ++i) weight[i] = 1 + uniform(rng) / 2, bias[i] = uniform(rng);
-  norm::Args through{};
-  through.kind = rms ? norm::Kind::rms : norm::Kind::layer;
-  through.weight = has_weight ? weight.data() : nullptr;
-  through.bias = has_bias ? bias.data() : nullptr;
-  through.eps = 1e-5f;
-  LinearArgs args{.m = m, .a = x.bytes.data(), .lda = x.ld, .a_type = x.type, .c = c.data(), .ldc = n, .c_type = DType::f32,
-                  .bias = nullptr, .activation = static_cast<Activation>(below(rng, 5)), .residual = nullptr, .ldr = 0,
-                  .residual_type = DType::f32, .static_scale = w.per_token() && below(rng, 4) == 0 ? 0.05f : 0,
-                  .static_zero = 3, .threads = threads, .norm = &through};
-  run_linear(*w.packed, args);
-  norm::Args alone = through;
+  const norm::Parameters through{rms ? norm::Kind::rms : norm::Kind::layer, has_weight ? weight.data() : nullptr,
+                                 has_bias ? bias.data() : nullptr, 1e-5f};
+  const float static_scale = w.per_token() && below(rng, 4) == 0 ? 0.05f : 0;
+  std::vector<LinearCall> calls;
+  for (int i = 0; i < count; ++i) {
+    calls.push_back({&*w.packed,
+                     {.m = m, .a = x.bytes.data(), .lda = x.ld, .a_type = x.type, .c = c.data() + i * size, .ldc = n,
+                      .c_type = DType::f32, .bias = below(rng, 2) ? w.scale.data() : nullptr,
+                      .activation = static_cast<Activation>(below(rng, 5)),
+                      .residual = below(rng, 2) ? residual.bytes.data() : nullptr, .ldr = residual.ld,
+                      .residual_type = residual.type, .static_scale = static_scale, .static_zero = 3, .threads = threads,
+                      .gate = below(rng, 2) ? &*w.packed : nullptr, .gate_bias = below(rng, 2) ? w.scale.data() : nullptr,
+                      .norm = &through}});
+  }
+  if (count == 1) {
+    run_linear(*w.packed, calls[0].args);
+  } else {
+    run_linears(calls);
+  }
+  norm::Args alone{};
+  static_cast<norm::Parameters&>(alone) = through;
   alone.k = alone.ldo = k;
   alone.x = x.bytes.data();
   alone.ldx = x.ld;
   alone.x_type = x.type;
   alone.out = normed.data();
   norm::run(alone, m, 1);
-  args.a = normed.data(), args.lda = k, args.a_type = DType::f32, args.c = want.data(), args.norm = nullptr, args.threads = 1;
-  run_linear(*w.packed, args);
-  for (int64_t i = 0; i < int64_t{m} * n; ++i) {
-    if (!same(c[i], want[i])) die(isa + ": " + w.op->name + " through a norm differs from norm, then " + w.op->name);
+  for (int j = 0; j < count; ++j) {
+    LinearArgs args = calls[static_cast<size_t>(j)].args;
+    args.a = normed.data(), args.lda = k, args.a_type = DType::f32, args.c = want.data(), args.norm = nullptr, args.threads = 1;
+    run_linear(*w.packed, args);
+    for (int64_t i = 0; i < size; ++i) {
+      if (!same(c[j * size + i], want[i])) {
+        die(isa + ": " + w.op->name + " through a norm differs from norm, then " + w.op->name);
+      }
+    }
   }
 }
 
@@ -248,11 +265,27 @@ void test_call_errors() {
   bad("an output without memory", w, [](auto& a) { a.c = nullptr; });
   bad("int32 output of groups", grouped, [](auto& a) { a.c_type = DType::i32; });
   bad("a static scale of groups", grouped, [](auto& a) { a.static_scale = 1; });
-  norm::Args through{};
+  norm::Parameters through;
   through.eps = -1;
   bad("a norm with a negative eps", w, [&](auto& a) { a.norm = &through; });
   through.eps = 1, through.kind = norm::Kind::rms, through.bias = x;
   bad("an rms norm with a bias", w, [&](auto& a) { a.norm = &through; });
+  through = {};
+  const auto apart = [&](const char* what, auto&& change) {
+    expect_invalid(what, [&] {
+      LinearCall calls[] = {{&w, good}, {&w, good}};
+      change(calls[1].args);
+      run_linears(calls);
+    });
+  };
+  apart("linears of another x", [&](auto& a) { a.a = y; });
+  apart("linears of fewer rows", [](auto& a) { a.m = 0; });
+  apart("linears of another stride", [](auto& a) { a.lda = 8; });
+  apart("linears of another type of x", [](auto& a) { a.a_type = DType::f16; });
+  apart("linears of which one has a norm", [&](auto& a) { a.norm = &through; });
+  apart("linears of another static scale", [](auto& a) { a.static_scale = 1; });
+  apart("linears of another static zero", [](auto& a) { a.static_zero = 1; });
+  apart("linears on other threads", [](auto& a) { a.threads = 2; });
 }
 
 void test_pack_errors() {

@@ -48,7 +48,7 @@ struct Model {
     s.hidden = below(rng, 2) ? s.heads * s.head_size : 1 + below(rng, 100);
     s.scale = 1 / std::sqrt(static_cast<float>(s.head_size));
     s.pre_norm = pre;
-    s.rms = below(rng, 2);
+    rms = below(rng, 2);
     s.causal = below(rng, 2);
     s.window = s.causal && !below(rng, 3) ? 1 + below(rng, 20) : 0;
     s.activation = static_cast<Activation>(below(rng, 5));
@@ -83,8 +83,8 @@ struct Model {
     return kept.back()->data();
   }
   Norm norm() {
-    return {below(rng, 4) ? keep(random_floats(rng, s.hidden)) : nullptr,
-            !s.rms && below(rng, 4) ? keep(random_floats(rng, s.hidden)) : nullptr, 1e-5f};
+    return {rms ? norm::Kind::rms : norm::Kind::layer, below(rng, 4) ? keep(random_floats(rng, s.hidden)) : nullptr,
+            !rms && below(rng, 4) ? keep(random_floats(rng, s.hidden)) : nullptr, 1e-5f};
   }
   // float32, w8a8, w4a8 in groups of 32, w8a8 with activations in groups of 64; with zeros
   static constexpr int dense_kinds = 4;
@@ -120,6 +120,7 @@ struct Model {
   }
 
   Rng& rng;
+  bool rms;
   Stack s{};
   std::vector<std::unique_ptr<Floats>> kept;
 };
@@ -147,13 +148,10 @@ Floats apply(const Linear& l, const Floats& x, int64_t rows, Activation activati
 Floats apply(const Stack& s, const Norm& n, const Floats& x, int64_t rows) {
   Floats y(x.size());
   norm::Args a{};
-  a.kind = s.rms ? norm::Kind::rms : norm::Kind::layer;
+  static_cast<norm::Parameters&>(a) = n;
   a.k = s.hidden;
   a.x = x.data();
   a.ldx = a.ldo = s.hidden;
-  a.weight = n.weight;
-  a.bias = n.bias;
-  a.eps = n.eps;
   a.out = y.data();
   norm::run(a, rows, 1);
   return y;

@@ -46,6 +46,11 @@ OpTable table() { return op_table<Kernel>("norm", kernels); }
 
 const Kernel& select() { return halfbyte::select<Kernel>(kernels, active_isas()); }
 
+void check_parameters(const char* op, const Parameters& norm) {
+  check(norm.kind == Kind::layer || !norm.bias, op, ": an rms norm has no bias");
+  check(std::isfinite(norm.eps) && norm.eps >= 0, op, ": eps must be finite and not negative, got ", norm.eps);
+}
+
 void run(const Args& args, int64_t m, int threads) {
   const int64_t k = args.k;
   check(m >= 0 && k >= 0, "norm: negative shape [", m, ", ", k, "]");
@@ -55,8 +60,7 @@ void run(const Args& args, int64_t m, int threads) {
   if (args.sum_out) check_matrix("the sum", args.sum_out, args.lds, args.sum_type, m, k);
   if (args.out) check_matrix("the output", args.out, args.ldo, args.out_type, m, k);
   check(m == 0 || k == 0 || args.sum_out || args.out || args.codes, "norm: no sum, output or codes to write");
-  check(args.kind == Kind::layer || !args.bias, "norm: an rms norm has no bias");
-  check(std::isfinite(args.eps) && args.eps >= 0, "norm: eps must be finite and not negative, got ", args.eps);
+  check_parameters("norm", args);
   if (args.codes) check_codes(args, m);
   if (m == 0 || k == 0) return;
   const Kernel& kernel = select();

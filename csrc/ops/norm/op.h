@@ -33,9 +33,16 @@ namespace halfbyte::norm {
 
 enum class Kind : int { layer = 0, rms = 1 };
 
+struct Parameters {
+  Kind kind = Kind::layer;
+  const float* weight = nullptr;  // [k]; may be null
+  const float* bias = nullptr;    // [k]; may be null, and is with rms
+  float eps = 0;
+};
+void check_parameters(const char* op, const Parameters& norm);  // throws std::invalid_argument
+
 // Strides are elements between rows. Types are f32, bf16 or f16.
-struct Args {
-  Kind kind;
+struct Args : Parameters {
   int64_t k;
   const void* x;
   int64_t ldx;
@@ -43,9 +50,6 @@ struct Args {
   const void* residual;  // may be null
   int64_t ldr;
   DType residual_type;
-  const float* weight;  // [k]; may be null
-  const float* bias;    // [k]; may be null, and is with rms
-  float eps;
   void* sum_out;  // may be null; may be x or the residual, then of its type and stride
   int64_t lds;
   DType sum_type;

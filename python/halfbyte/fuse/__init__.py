@@ -72,6 +72,7 @@ def fusion_report(model: nn.Module) -> FusionReport:
             reason = fused.obstacle()
             blocks = 0 if reason else fused.blocks(module)
             what = "" if reason else fused.what
+            reason = reason or fused.left(module)
             rows.append(FusionRow(name, fused.kind, blocks, what, reason, fused.calls, dict(fused.unfused)))
     return FusionReport(tuple(rows))
 

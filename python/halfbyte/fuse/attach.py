@@ -24,12 +24,20 @@ _grad_enabled = torch.is_grad_enabled
 _autocast = torch.is_autocast_enabled
 
 
+class RanUnfused(CannotFuse):
+    """Why nothing of a call was fused, of one that is over: its result is there."""
+
+    def __init__(self, reason: str, result: Any):
+        super().__init__(reason)
+        self.result = result
+
+
 class Fused:
     """The instance attribute `forward` of a module that is fused; a family of models is a subclass.
 
     The module stays as it is, so that state_dict, hooks of its own and everything that walks the model see
     what they saw before. A call goes to `run`; where that raises CannotFuse the forward of the module's class
-    runs, and the reason is counted. So `run` raises it before it changes anything.
+    runs, and the reason is counted. So `run` raises it before it changes anything, or RanUnfused.
 
     A subclass has `kind` and `what`, for the report, and defines:
       build(module)   -> (stack, extra): FusedStack(spec), and whatever else was derived from the module; both
@@ -57,6 +65,10 @@ class Fused:
 
     def blocks(self, module: nn.Module) -> int:
         raise NotImplementedError
+
+    def left(self, module: nn.Module) -> str:
+        """Why some of what it could take over is left alone, as the module is now."""
+        return ""
 
     def build(self, module: nn.Module) -> tuple[FusedStack, Any]:
         raise NotImplementedError
@@ -98,18 +110,20 @@ class Fused:
             if len(arguments) != len(args) + len(kwargs):
                 raise CannotFuse("its arguments do not fit")  # its own forward says which
             result = self.run(module, built.stack, built.extra, **arguments)
-        except CannotFuse as obstacle:
-            reason = str(obstacle)
+        except CannotFuse as raised:
+            obstacle = raised
         else:
             self.calls += 1
             return result
-        if reason not in self.unfused:
+        if (reason := str(obstacle)) not in self.unfused:
             warnings.warn(
                 f"a {type(module).__name__} that is fused runs its own forward: {reason}. This is said once; "
                 "halfbyte.fusion_report(model) counts such calls",
                 stacklevel=3,
             )
         self.unfused[reason] += 1
+        if isinstance(obstacle, RanUnfused):
+            return obstacle.result
         return self.original(module, *args, **kwargs)
 
     def obstacle(self) -> str:

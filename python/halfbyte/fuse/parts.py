@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import sys
 from collections.abc import Callable
 
@@ -89,7 +88,7 @@ def any_norm(module: nn.Module) -> tuple[bool, NormSpec, int]:
         or any(v is not None and v.shape != shape for v in (norm.weight, norm.bias))
     ):
         raise CannotFuse(f"its {name} is over {tuple(shape)}")
-    if not (isinstance(norm.eps, (int, float)) and math.isfinite(norm.eps) and norm.eps >= 0):
+    if not (isinstance(norm.eps, (int, float)) and 0 <= norm.eps <= torch.finfo(torch.float32).max):
         raise CannotFuse(f"the eps of its {name} is {norm.eps}")
     return rms, norm, shape[0]
 

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from .. import _core, dispatch
+from ..errors import HalfbyteError
 from ..ops import ACTIVATIONS
 from ..packed_layer import PackedLayer
-from .attach import Fused, argument_names, check_input
-from .products import Product, find
-from .stack import CannotFuse
+from .attach import Fused, RanUnfused, argument_names, check_input
+from .products import Product, find, layers_of
+from .stack import _GLOBAL_HOOKS, CannotFuse
 from .trace import Step, Untraceable, trace
 
+_NOT_TAKEN = "a weight has just changed, or its input is no plain tensor in memory"
 _get_num_threads = torch.get_num_threads
 
 
@@ -33,15 +35,20 @@ class FusedPatterns(Fused):
         return ", ".join(f"{count} {name}" for name, count in found.items())
 
     def check(self, module: nn.Module) -> None:
-        self.build(module)
+        """Nothing: `family` has looked, and what is in the way now may go."""
 
     def blocks(self, module: nn.Module) -> int:
         return len(_Program(module).found)
 
+    def left(self, module: nn.Module) -> str:
+        return _Program(module).reason
+
     def build(self, module: nn.Module) -> tuple[_Program, None]:
         program = _Program(module)
         if not program.found:
-            raise CannotFuse("as it is now there is no pattern: no quantized layer, or a hook")
+            what = program.reason or "no quantized layer, or nothing that it could take along"
+            raise CannotFuse(f"as it is now there is no pattern: {what}")
+        program.pack()
         return program, None
 
     def run(self, module: nn.Module, program: _Program, extra: None, /, **arguments: Any) -> Tensor:
@@ -49,14 +56,18 @@ class FusedPatterns(Fused):
             raise CannotFuse("it got something else than its input alone")
         (x,) = arguments.values()
         check_input(x)
-        return program(x)
+        y, calls = program(x)
+        if not calls:
+            raise RanUnfused(_NOT_TAKEN, y)
+        return y
 
 
 def family(module: nn.Module) -> type[Fused] | None:
-    """FusedPatterns for a module that has something for it."""
+    """FusedPatterns for a module that has something for it, now or without what is in the way."""
     if not any(isinstance(child, PackedLayer) for child in module._modules.values()):
         return None
-    return FusedPatterns if _Program(module).found else None
+    program = _Program(module)
+    return FusedPatterns if program.found or program.reason else None
 
 
 class _Program:
@@ -64,36 +75,50 @@ class _Program:
 
     def __init__(self, module: nn.Module):
         self.found: list[str] = []  # the patterns, by name, one for each place
+        self.reason = ""  # why there are no more
         try:
             traced = trace(module)
         except Untraceable:
             return
         children = dict(module._modules)
-        self._steps = [
+        steps = [
             Step(children[step.call] if isinstance(step.call, str) else step.call, step.arguments)
             for step in traced.steps
         ]
-        found = find(self._steps)
-        self.found = found.names
+        found = find(steps)
+        self.found, self.reason = found.names, found.reason
+        self._steps, self._output = found.steps, found.output
+        self._layers = [layer for call in found.calls for layer in layers_of(call)]
         self._operations = self._in_order(found.calls)
         settings = [(vars(module), name, value, -2) for name, value in traced.values.items()]
-        self._watch = _core.Watch(settings + found.watched, found.hooks)
+        self._watch = _core.Watch(settings + found.watched, _GLOBAL_HOOKS)
+
+    def pack(self) -> None:
+        """What the first call would otherwise have its layers do one by one. Raises CannotFuse."""
+        for layer in self._layers:
+            try:
+                layer._prepare()
+            except (HalfbyteError, ValueError) as error:  # of its own call, too, which says whose it is
+                raise CannotFuse(str(error)) from None
 
     def unchanged(self) -> bool:
         """Whether the program still does what the forward does."""
         return self._watch.unchanged()
 
-    def __call__(self, x: Tensor) -> Tensor:
-        values = {0: x}
+    def __call__(self, x: Tensor) -> tuple[Tensor, int]:
+        """What the forward returns, and how many calls into the core took part in it."""
+        values, calls = {0: x}, 0
         for operation in self._operations:
-            if operation.call is None or not operation.call(values):
+            if operation.call is not None and operation.call(values):
+                calls += 1
+            else:
                 for number in operation.steps:
                     if number not in values:
                         step = self._steps[number - 1]
                         values[number] = step.call(*[values[i] for i in step.arguments])
             for i in operation.last:
                 values.pop(i, None)  # its memory is free about where the forward would free it
-        return values[len(self._steps)]
+        return values[self._output], calls
 
     def _in_order(self, calls: list[tuple[Product, ...]]) -> list[_Operation]:
         """Calls, each where the first of its results is made, and the steps that are in none."""
@@ -109,7 +134,7 @@ class _Program:
             for number in operation.steps:
                 last |= dict.fromkeys((number, *self._steps[number - 1].arguments), operation)
         for number, operation in last.items():
-            if number != len(self._steps):
+            if number != self._output:
                 operation.last.append(number)
         return operations
 
@@ -126,42 +151,47 @@ class _Operation:
 
 
 class _Call:
-    """Products of one x in one call."""
+    """Products of one x in one call. What the core does not do of it for this x, the norm or the sum, is done
+    by torch before it or after it.
+    """
 
     def __init__(self, products: tuple[Product, ...]):
-        self._products = products
-        self._x, self._norm = products[0].x, products[0].norm
+        self._x, self._norm, self._normed = products[0].x, products[0].norm, products[0].steps[0]
+        self._residual = products[0].residual  # of a call of several there is none
         self._results = [product.result for product in products]
+        self._parts = []
+        for product in products:
+            activated = product.layer if product.gate is None else product.gate
+            code = ACTIVATIONS[product.activation or activated.activation]
+            self._parts.append((product.layer, code, product.gate))
 
     def __call__(self, values: dict[int, Tensor]) -> bool:
         """Whether it has put the results into `values`."""
         x, norm = values[self._x], self._norm
-        if norm is not None and not norm.takes(x):
-            return False
-        given = []
-        for product in self._products:
-            if (one := _given(product, values)) is None:
-                return False
-            given.append(one)
-        threads = dispatch.thread_override or _get_num_threads()
-        results = _core.LinearPlan.together(x, tuple(given), norm and norm.given, threads)
+        if norm is None:
+            return self._multiply(x, None, values)
+        if norm.takes(x) and self._multiply(x, norm.given, values):
+            return True
+        values[self._normed] = x = norm.module(x).contiguous()
+        return self._multiply(x, None, values)
+
+    def _multiply(self, x: Tensor, norm: tuple | None, values: dict[int, Tensor]) -> bool:
+        residual = None if self._residual is None else values[self._residual]
+        results = self._together(x, norm, residual)
+        if results is None and residual is not None:
+            results = self._together(x, norm, None)
+            results = results and [results[0] + residual]
         if results is None:
             return False
         values.update(zip(self._results, results, strict=True))
         return True
 
-
-def _given(product: Product, values: dict[int, Tensor]) -> tuple | None:
-    """What LinearPlan.together takes; None before there are plans, which the layers make when called, and
-    where an activation of a layer's own stands in the way.
-    """
-    layer, gate = product.layer, product.gate
-    activated = layer if gate is None else gate
-    own, code = activated.activation, ACTIVATIONS[product.activation or activated.activation]
-    if (product.activation and own != "none") or (gate is not None and layer.activation != "none"):
-        return None
-    plans = layer._plan, None if gate is None else gate._plan
-    if plans[0] is None or (gate is not None and plans[1] is None):
-        return None
-    residual = None if product.residual is None else values[product.residual]
-    return plans[0], code, plans[1], residual
+    def _together(self, x: Tensor, norm: tuple | None, residual: Tensor | None) -> list[Tensor] | None:
+        given = []
+        for layer, code, gate in self._parts:
+            plans = layer._plan, None if gate is None else gate._plan
+            if plans[0] is None or (gate is not None and plans[1] is None):
+                return None  # it was moved, or packed for another device
+            given.append((plans[0], code, plans[1], residual))
+        threads = dispatch.thread_override or _get_num_threads()
+        return _core.LinearPlan.together(x, tuple(given), norm, threads)

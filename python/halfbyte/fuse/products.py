@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -12,14 +12,15 @@ from torch import Tensor, nn
 
 from ..packed_layer import INPUT_BUFFERS, PackedLayer, held
 from .parts import activation_of, any_norm
-from .stack import _GLOBAL_HOOKS, _HOOKS, CannotFuse, float_vector, watched
+from .stack import _GLOBAL_HOOKS, _IDENTITY, _LENGTH, CannotFuse, float_vector, hooks_of, obstacle, watched
 from .trace import Step
 
 _ACTIVATION, _GATED, _RESIDUAL = "linear + activation", "gated product", "linear + residual"
 _NORM = "norm + linear"
 _MOST_PRODUCTS = 3  # of one call
-# What a pattern is made of, beside parameters and the layers, which notice their own changes.
-_SETTINGS = ("forward", "approximate", "inplace", "eps", "variance_epsilon", "normalized_shape")
+# What a pattern is made of, beside the parameters of norms and what layers notice themselves.
+_SETTINGS = ("_activation", "approximate", "inplace", "training", "p")
+_SETTINGS += ("eps", "variance_epsilon", "normalized_shape")  # of norms
 _CHANGE_NOTHING = (nn.Linear, nn.Dropout, nn.Identity, nn.LayerNorm, nn.RMSNorm)
 
 
@@ -29,6 +30,7 @@ class NormStep:
     def __init__(self, module: nn.Module):
         """Raises CannotFuse for what is no norm that the core has."""
         rms, spec, self.size = any_norm(module)
+        self.module = module
         parameters, vectors = module._parameters, {"weight": spec.weight, "bias": spec.bias}
         if any(parameters.get(name) is not vector for name, vector in vectors.items()):
             raise CannotFuse(f"a parameter of its {type(module).__name__} is computed")
@@ -71,53 +73,83 @@ class Product(NamedTuple):
 
 
 class Found(NamedTuple):
-    """names: the patterns, one for each place. calls: those into the core, of products that have one x and
-    one norm, and quantize alike. watched, hooks: what they were made of, for Watch.
+    """steps: of the forward, without dropouts in evaluation. output: the number of what it returns. names:
+    the patterns, one for each place. calls: those into the core, of products that have one x and one norm,
+    and quantize alike. watched: what they were made of, for Watch. reason: why there are no more, where
+    something can be done about it.
     """
 
+    steps: list[Step]
+    output: int
     names: list[str]
     calls: list[tuple[Product, ...]]
     watched: list[tuple]
-    hooks: list[dict]
+    reason: str
 
 
 def find(steps: list[Step]) -> Found:
     """The patterns in the steps of a forward, whose calls are modules and functions."""
-    finder = _Finder(steps)
+    modules = dict.fromkeys(step.call for step in steps if isinstance(step.call, nn.Module))
+    obstacles: dict[str, list[nn.Module]] = {}
+    for module in modules:
+        if reason := "there are global module hooks" if any(_GLOBAL_HOOKS) else obstacle(module):
+            obstacles.setdefault(reason, []).append(module)
+    finder = _Finder(steps, [module for called in obstacles.values() for module in called])
     calls = finder.calls()
-    products = [product for call in calls for product in call]
-    norms = list(dict.fromkeys(product.norm for product in products if product.norm is not None))
-    names = [_NORM] * len(norms)
-    for product in products:
-        names += [_ACTIVATION] * bool(product.activation) + [_GATED] * (product.gate is not None)
-        names += [_RESIDUAL] * (product.residual is not None)
+    reasons = []
+    if obstacles:
+        most = _names(_Finder(steps, ()).calls())
+        reasons = [why for why, called in obstacles.items() if _names(_Finder(steps, called).calls()) != most]
 
+    norms = dict.fromkeys(product.norm for call in calls for product in call if product.norm is not None)
     entries = [entry for norm in norms for entry in norm.watched]
-    modules = [step.call for step in steps if isinstance(step.call, nn.Module)]
-    entries += [_entry(vars(module), "inplace") for module in modules if "inplace" in vars(module)]
-    taken = [steps[number - 1].call for product in products for number in product.steps]
-    skipped = [call for call in taken if isinstance(call, nn.Module) and not isinstance(call, PackedLayer)]
-    entries += [_entry(vars(module), name) for module in dict.fromkeys(skipped) for name in _SETTINGS]
-    layers = [layer for call in calls for layer in _layers(call) if len(_layers(call)) > 1]
-    entries += [_entry(held(layer), name) for layer in layers for name in INPUT_BUFFERS]
-    return Found(names, calls, entries, [*_GLOBAL_HOOKS, *(hooks for m in skipped for hooks in _hooks(m))])
+    for module in modules:
+        settings = [name for name in _SETTINGS if name in vars(module)]
+        entries += [_entry(vars(module), name) for name in ("forward", *settings)]
+        entries += [(hooks, "", None, _LENGTH) for hooks in hooks_of(module)]
+    shared = [layer for call in calls for layer in layers_of(call) if len(layers_of(call)) > 1]
+    entries += [_entry(held(layer), name) for layer in shared for name in INPUT_BUFFERS]
+    return Found(finder.steps, finder.output, _names(calls), calls, entries, "; ".join(reasons))
+
+
+def layers_of(call: tuple[Product, ...]) -> list[PackedLayer]:
+    """Those whose products a call is."""
+    return [layer for product in call for layer in (product.layer, product.gate) if layer is not None]
 
 
 class _Finder:
-    """Goes through the steps, and puts what follows a layer, and then what precedes it, into a product."""
+    """Goes through the steps, and puts what follows a layer, and then what precedes it, into a product.
 
-    def __init__(self, steps: list[Step]):
-        self._steps = steps
-        self._uses = Counter(number for step in steps for number in step.arguments)
+    seen: modules that have to be called, each where the forward calls it: something would notice.
+    """
+
+    def __init__(self, steps: list[Step], seen: Collection[nn.Module]):
+        self.steps: list[Step] = []
+        self._seen: set[int] = set()  # the numbers of calls of these modules
+        numbers = [0]  # that the values have here: a dropout in evaluation gives what it got
+        for step in steps:
+            arguments = tuple(numbers[i] for i in step.arguments)
+            called = any(step.call is module for module in seen)
+            if type(step.call) is nn.Dropout and not called:
+                numbers.append(arguments[0])
+                continue
+            self.steps.append(Step(step.call, arguments))
+            numbers.append(len(self.steps))
+            if called:
+                self._seen.add(len(self.steps))
+        self.output = numbers[-1]
+        self._uses = Counter(number for step in self.steps for number in step.arguments)
+        self._uses[self.output] += 1
         self._products: dict[int, Product] = {}  # by their results
 
     def calls(self) -> list[tuple[Product, ...]]:
-        for number, step in enumerate(self._steps, 1):
+        free = [(number, step) for number, step in enumerate(self.steps, 1) if number not in self._seen]
+        for number, step in free:
             if isinstance(step.call, PackedLayer):
                 self._products[number] = Product(step.call, step.arguments[0], number, (number,))
             else:
                 self._extend(number, step)
-        for number, step in enumerate(self._steps, 1):
+        for number, step in free:
             self._put_before(number, step)
         calls: list[tuple[Product, ...]] = []
         for product in self._products.values():
@@ -169,7 +201,7 @@ class _Finder:
         users = [product for product in self._products.values() if product.x == number]
         if self._uses[number] != sum(1 + (product.gate is not None) for product in users) or not users:
             return
-        if not isinstance(step.call, nn.Module) or _is_seen(step.call):
+        if not isinstance(step.call, nn.Module):
             return
         try:
             norm = NormStep(step.call)
@@ -197,23 +229,31 @@ class _Finder:
 
     def _changes_nothing(self, number: int) -> bool:
         """Whether a step is known to leave its arguments as they are, or to have one that is its own."""
-        step = self._steps[number - 1]
+        step = self.steps[number - 1]
+        if number in self._seen:
+            return False
         if not isinstance(step.call, nn.Module) or isinstance(step.call, PackedLayer):
             return True
         if getattr(step.call, "inplace", False):
             (source,) = step.arguments
-            made = source > 0 and isinstance(self._steps[source - 1].call, PackedLayer)
-            return made and self._uses[source] == 1 and _is_known(step.call)
+            made = source > 0 and isinstance(self.steps[source - 1].call, PackedLayer)
+            own = made and source not in self._seen and self._uses[source] == 1
+            return own and _is_known(step.call)
         return type(step.call) in _CHANGE_NOTHING or _is_known(step.call)
 
 
-def _layers(call: tuple[Product, ...]) -> list[PackedLayer]:
-    return [layer for product in call for layer in (product.layer, product.gate) if layer is not None]
+def _names(calls: list[tuple[Product, ...]]) -> list[str]:
+    products = [product for call in calls for product in call]
+    names = [_NORM] * len({product.norm for product in products} - {None})
+    for product in products:
+        names += [_ACTIVATION] * bool(product.activation) + [_GATED] * (product.gate is not None)
+        names += [_RESIDUAL] * (product.residual is not None)
+    return names
 
 
 def _entry(holder: dict, name: str) -> tuple[dict, str, object, int]:
     """For Watch, of which object it is."""
-    return holder, name, holder.get(name), -2
+    return holder, name, holder.get(name), _IDENTITY
 
 
 def _is_known(module: nn.Module) -> bool:
@@ -229,19 +269,8 @@ def _is_known(module: nn.Module) -> bool:
 
 def _activation(call: Callable) -> str:
     """The name of an activation that need not be called; empty for anything else."""
-    if isinstance(call, nn.Module) and _is_seen(call):
-        return ""
     try:
         name = activation_of(call)
     except CannotFuse:
         return ""
     return "" if name == "none" else name
-
-
-def _hooks(module: nn.Module) -> list[dict]:
-    return [getattr(module, name) for name in _HOOKS]
-
-
-def _is_seen(module: nn.Module) -> bool:
-    """Whether something would notice that a module is not called."""
-    return "forward" in vars(module) or any(_hooks(module)) or any(_GLOBAL_HOOKS)

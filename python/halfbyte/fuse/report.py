@@ -17,7 +17,7 @@ class FusionRow:
     kind: str  # "BERT encoder"; for one that is left alone the name of its class
     blocks: int  # that one call runs; 0 for one that is left alone
     what: str  # that one call does
-    reason: str  # why it is left alone, always or as it is now
+    reason: str  # why it, or some of it, is left alone, always or as it is now
     fused_calls: int
     unfused_calls: dict[str, int]  # why calls went to the module's own forward: how many
 
@@ -47,7 +47,7 @@ class FusionReport:
     @property
     def left_alone(self) -> tuple[FusionRow, ...]:
         """Those that run their own forward, always or as they are now."""
-        return tuple(row for row in self.rows if row.reason)
+        return tuple(row for row in self.rows if not row.blocks)
 
     def _render(self, table: Callable[[list[str], list[list[str]]], str]) -> str:
         if not self.rows:

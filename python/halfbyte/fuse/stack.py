@@ -145,7 +145,7 @@ class FusedStack:
         self.spec = spec
         self._kept: list[object] = []  # what the core points to
         self._watched: list[tuple[dict, str, object, int]] = []
-        empty = [getattr(module, hooks) for module in spec.modules for hooks in _HOOKS]
+        empty = [hooks for module in spec.modules for hooks in hooks_of(module)]
         self._check_modules()
         blocks = []
         for block in spec.blocks:
@@ -262,13 +262,8 @@ class FusedStack:
 
     def _check_modules(self) -> None:
         for module in self.spec.modules:
-            name = type(module).__name__
-            if any(getattr(module, hooks) for hooks in _HOOKS):
-                raise CannotFuse(f"a hook on its {name} would not run")
-            if "forward" in vars(module):
-                raise CannotFuse(f"the forward of its {name} was replaced on the instance")
-            if module.training and isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
-                raise CannotFuse("its dropout is in training mode: call .eval() first")
+            if reason := obstacle(module):
+                raise CannotFuse(reason)
             self._watched.append((vars(module), "forward", None, _IDENTITY))
             for attribute, value in vars(module).items():
                 # What the spec may have been made of: eps, a scaling, an activation, a switch.
@@ -309,6 +304,23 @@ class FusedStack:
             raise CannotFuse(f"its {type(linear).__name__} is no layer that the core knows")
         self._kept.append(packed)
         return packed, float_vector(bias, self._kept), *static
+
+
+def hooks_of(module: nn.Module) -> list[dict]:
+    """The dictionaries of hooks that its call runs."""
+    return [getattr(module, hooks) for hooks in _HOOKS]
+
+
+def obstacle(module: nn.Module) -> str:
+    """Why a module has to be called itself, as it is now; empty where nothing is in the way."""
+    name = type(module).__name__
+    if any(hooks_of(module)):
+        return f"a hook on its {name} would not run"
+    if "forward" in vars(module):
+        return f"the forward of its {name} was replaced on the instance"
+    if module.training and isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+        return "its dropout is in training mode: call .eval() first"
+    return ""
 
 
 def modules_of(*modules: nn.Module) -> list[nn.Module]:
