@@ -11,6 +11,7 @@ from torch import nn
 
 import halfbyte as hb
 from fusing import check_close, error, forward_of, fused_calls, left_alone
+from halfbyte.fuse import patterns
 from halfbyte.fuse.attach import fused_of
 from prenorm import K, PreNorm, X, made, normed, parts, product, what
 
@@ -193,6 +194,22 @@ def test_what_a_hook_leaves_of_the_patterns(calls):
     assert row.blocks == 0 and "a hook on its QLinear" in row.reason and row.fused_calls == 2
     model.act.register_forward_hook(lambda *_: None)  # whose pattern is given up for the layers as well
     assert "a hook on its SiLU" in hb.fusion_report(model).rows[0].reason
+
+
+@torch.no_grad()
+def test_a_module_that_is_blocked_is_looked_at_once(monkeypatch):
+    model, looked, trace = hb.fuse_(made(PreNorm())), [], patterns.trace
+    for layer in (model.up, model.gate, model.down):
+        layer.register_forward_hook(lambda *_: None)
+    monkeypatch.setattr(patterns, "trace", lambda module: looked.append(module) or trace(module))
+    with pytest.warns(UserWarning, match="a hook on its QLinear"):
+        for _ in range(3):
+            model(X)
+    assert len(looked) == 1
+    for layer in (model.up, model.gate, model.down):
+        layer._forward_hooks.clear()
+    model(X)
+    assert len(looked) == 2 and hb.fusion_report(model).rows[0].fused_calls == 1
 
 
 def test_hooks_that_are_in_no_ones_way():

@@ -28,6 +28,7 @@ class FusedPatterns(Fused):
 
     kind = "quantized layers"
     whole = False
+    _blocked: _Program | None = None  # of the module as it was when all of its patterns were given up
 
     @property
     def what(self) -> str:
@@ -44,10 +45,14 @@ class FusedPatterns(Fused):
         return _Program(module).reason
 
     def build(self, module: nn.Module) -> tuple[_Program, None]:
-        program = _Program(module)
+        blocked = self._blocked
+        program = blocked if blocked is not None and blocked.is_of(module) else _Program(module)
         if not program.found:
+            # Where it cannot tell that what is in the way has gone, as of global hooks, it is made anew.
+            self._blocked = program if program.reason and program.unchanged() else None
             what = program.reason or "no quantized layer, or nothing that it could take along"
             raise CannotFuse(f"as it is now there is no pattern: {what}")
+        self._blocked = None
         program.pack()
         return program, None
 
@@ -80,7 +85,7 @@ class _Program:
             traced = trace(module)
         except Untraceable:
             return
-        children = dict(module._modules)
+        self._children = children = dict(module._modules)
         steps = [
             Step(children[step.call] if isinstance(step.call, str) else step.call, step.arguments)
             for step in traced.steps
@@ -100,6 +105,10 @@ class _Program:
                 layer._prepare()
             except (HalfbyteError, ValueError) as error:  # of its own call, too, which says whose it is
                 raise CannotFuse(str(error)) from None
+
+    def is_of(self, module: nn.Module) -> bool:
+        """Whether it is what would be made of a module now."""
+        return module._modules == self._children and self.unchanged()
 
     def unchanged(self) -> bool:
         """Whether the program still does what the forward does."""
