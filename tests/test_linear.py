@@ -272,6 +272,18 @@ def test_default_device_and_dtype_do_not_leak_in():
         torch.set_default_dtype(torch.float32)
 
 
+def test_a_forward_of_the_instance_is_called():
+    """As accelerate puts one there."""
+    layer, x = make(), torch.randn(5, 70)
+    y, own = layer(x), layer.forward
+    assert layer._plan is not None
+    layer.forward = lambda x: own(x) + 1
+    same(layer(x), y + 1)
+    del layer.forward
+    same(layer(x), y)
+
+
+
 def test_threads():
     seen = []
     layer, x = make(), torch.randn(4, 70)

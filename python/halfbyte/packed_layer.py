@@ -139,9 +139,10 @@ class PackedLayer(nn.Module):
             )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # nn.Module's own __call__ takes longer than a small layer; it is needed for hooks and tracers only,
-        # and the plan declines where there are any.
-        if not is_compiling() and (plan := self._plan) is not None and len(args) == 1 and not kwargs:
+        # nn.Module's own __call__ takes longer than a small layer; it is needed for hooks and tracers, where
+        # the plan declines, and for a forward that was put on the instance.
+        plain = len(args) == 1 and not kwargs and "forward" not in self.__dict__
+        if plain and not is_compiling() and (plan := self._plan) is not None:
             threads = dispatch.thread_override or _get_num_threads()
             y = plan(args[0], ACTIVATIONS[self._activation], threads, False)
             if y is not None:
