@@ -179,7 +179,7 @@ void test_normed(Rng& rng, const Weight& w, const std::string& isa, int m, int t
 }  // namespace
 
 void test_linear(Rng& rng, const Weight& w, const std::string& isa, int m, int threads) {
-  test_normed(rng, w, isa, m, threads);
+  if (below(rng, 8) == 0) test_normed(rng, w, isa, m, threads);  // which multiplies up to twelve times
   const int n = w.n, k = w.k;
   Matrix x(rng, m, k, floats[below(rng, 3)]), residual(rng, m, n, floats[below(rng, 3)]);
   const bool integers = w.plain() && below(rng, 5) == 0, has_bias = !integers && below(rng, 2),
