@@ -7,6 +7,8 @@ namespace {
 
 class HalfFloatPanel {
  public:
+  static constexpr bool in_place = false;  // the lists are copies
+
   void open(const uint8_t* begin, int64_t) {
     const BlockPanel& panel = *reinterpret_cast<const BlockPanel*>(begin);
     for (int h = 0; h < 2; ++h) {
@@ -22,6 +24,7 @@ class HalfFloatPanel {
     for (int h = 0; h < 2; ++h) {
       const int64_t count = left_[h] < blocks_at_once ? left_[h] : blocks_at_once;
       for (int64_t i = 0; i < count * half_panel; i += width) {
+        __builtin_prefetch(values_[h] + i + weights_ahead / 2);
         store<DType::f32>(lines_[h] + i, load<DType::bf16>(values_[h] + i));
       }
       lists[h] = {index_[h], reinterpret_cast<const uint8_t*>(lines_[h]), count};

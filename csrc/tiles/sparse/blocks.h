@@ -38,11 +38,16 @@ struct List {
   int64_t count;
 };
 
-// out[r][half * 16 + c] (+)= the products of the blocks of `halves` halves. ld: between rows of out. ahead: what is read next, which
-// comes from memory meanwhile: with few rows nothing else takes time, and streams as short as these end before the hardware sees
-// them (a line per block; 72 % of the DRAM bandwidth without).
+// How far ahead of the multiplication a list is fetched, with few and with many rows. With many, weights of more than L2 come from L3
+// or memory, and the hardware sees one line in a dozen loads: without, 4096x4096 float32 at 80 % zeros ran at half of the peak, and
+// at 3/4 with half of this.
+constexpr int lines_ahead = 32, weights_ahead = 4096;
+
+// out[r][half * 16 + c] (+)= the products of the blocks of `halves` halves. ld: between rows of out. next: from here to the panel that
+// comes next, where the lists lie about as here: its first lines are fetched at the end, for with few rows nothing but the weights
+// takes time, and streams as short as these end before the hardware sees them.
 template <class Units, int rows, int halves>
-void few(const List<Units>* lists, const uint8_t* strip, bool add, float* out, int64_t ld, const uint8_t* ahead) {
+void few(const List<Units>* lists, const uint8_t* strip, bool add, float* out, int64_t ld, int64_t next) {
   typename Units::Sum sum[halves][rows][per_half];
 #pragma GCC unroll 2
   for (int h = 0; h < halves; ++h)
@@ -52,12 +57,11 @@ void few(const List<Units>* lists, const uint8_t* strip, bool add, float* out, i
       for (int v = 0; v < per_half; ++v) {
         sum[h][r][v] = add ? Units::load_sum(out + r * ld + h * half_panel + v * width) : Units::zero();
       }
-  const auto block = [&](const List<Units>& list, int64_t i, typename Units::Sum (&to)[rows][per_half])
+  const auto block = [&](const List<Units>& list, int64_t i, int64_t fetched, typename Units::Sum (&to)[rows][per_half])
                          __attribute__((always_inline)) {
     const uint8_t* const x = strip + int64_t{list.index[i]} * (rows * 4);
     typename Units::Sum w[per_half];
-    __builtin_prefetch(ahead, 0, 2);
-    ahead += 64;
+    __builtin_prefetch(list.lines + i * Units::line_bytes + fetched);
 #pragma GCC unroll 16
     for (int v = 0; v < per_half; ++v) w[v] = Units::vector(list.lines + i * Units::line_bytes + v * width * 4);
 #pragma GCC unroll 12
@@ -68,16 +72,19 @@ void few(const List<Units>* lists, const uint8_t* strip, bool add, float* out, i
     }
   };
   int64_t common = lists[0].count;
-  if constexpr (halves == 2) {
-    common = lists[1].count < common ? lists[1].count : common;
-    for (int64_t i = 0; i < common; ++i) {
-      block(lists[0], i, sum[0]);
-      block(lists[1], i, sum[1]);
+  if constexpr (halves == 2) common = lists[1].count < common ? lists[1].count : common;
+  const int64_t own = common > lines_ahead ? common - lines_ahead : 0;  // fetch lines of this panel
+  int64_t i = 0;
+  for (int last = 0; last < 2; ++last) {
+    const int64_t fetched = last ? next - own * Units::line_bytes : lines_ahead * Units::line_bytes;
+    for (; i < (last ? common : own); ++i) {
+      block(lists[0], i, fetched, sum[0]);
+      if constexpr (halves == 2) block(lists[1], i, fetched, sum[1]);
     }
-    for (int64_t i = common; i < lists[0].count; ++i) block(lists[0], i, sum[0]);
-    for (int64_t i = common; i < lists[1].count; ++i) block(lists[1], i, sum[1]);
-  } else {
-    for (int64_t i = 0; i < common; ++i) block(lists[0], i, sum[0]);
+  }
+#pragma GCC unroll 2
+  for (int h = 0; h < halves; ++h) {
+    for (i = common; i < lists[h].count; ++i) block(lists[h], i, next - own * Units::line_bytes, sum[h]);
   }
 #pragma GCC unroll 2
   for (int h = 0; h < halves; ++h)
@@ -86,10 +93,6 @@ void few(const List<Units>* lists, const uint8_t* strip, bool add, float* out, i
 #pragma GCC unroll 16
       for (int v = 0; v < per_half; ++v) Units::store_sum(out + r * ld + h * half_panel + v * width, sum[h][r][v]);
 }
-
-// How far ahead of the multiplication a list is fetched. Weights of more than L2 come from L3 or memory, and the hardware sees one
-// line in a dozen loads: without, 4096x4096 float32 at 80 % zeros ran at half of the peak, and at 3/4 with half of this.
-constexpr int weights_ahead = 4096;
 
 // out[c][lane] (+)= the products of the blocks of a half, with rows in the lanes of `vectors` vectors.
 template <class Units, int channels, int vectors>
@@ -136,6 +139,8 @@ constexpr int64_t strip_part = int64_t{256} << 10;
 template <class Units>
 class PanelBlocks {
  public:
+  static constexpr bool in_place = true;
+
   void open(const uint8_t* begin, int64_t units) {
     const BlockPanel& panel = *reinterpret_cast<const BlockPanel*>(begin);
     for (int h = 0; h < 2; ++h) {
@@ -149,8 +154,8 @@ class PanelBlocks {
     end_ += units_;
     for (int h = 0; h < 2; ++h) {
       List<Units>& rest = rest_[h];
-      int64_t count = 0;
-      for (int64_t step = rest.count; step > 0; step /= 2) {  // blocks before end_, by bisection
+      int64_t count = 0, step = rest.count;  // blocks before end_: mostly all, or by bisection
+      for (; step > 0; step = count == rest.count ? 0 : step / 2) {
         while (count + step <= rest.count && rest.index[count + step - 1] < end_) count += step;
       }
       lists[h] = {rest.index, rest.lines, count};
@@ -166,15 +171,15 @@ class PanelBlocks {
 
 template <class Units>
 using TileOfLists = void (*)(const List<Units> (&lists)[2], const uint8_t* strip, bool add, float* out, int64_t ld,
-                             const uint8_t* ahead);
+                             int64_t next);
 
 template <class Units, int rows>
-void few_tile(const List<Units> (&lists)[2], const uint8_t* strip, bool add, float* out, int64_t ld, const uint8_t* ahead) {
+void few_tile(const List<Units> (&lists)[2], const uint8_t* strip, bool add, float* out, int64_t ld, int64_t next) {
   if constexpr (width == 16) {
-    few<Units, rows, 2>(lists, strip, add, out, ld, ahead);
+    few<Units, rows, 2>(lists, strip, add, out, ld, next);
   } else {
-    few<Units, rows, 1>(lists, strip, add, out, ld, ahead);
-    few<Units, rows, 1>(lists + 1, strip, add, out + half_panel, ld, ahead + lists[0].count * 64);
+    few<Units, rows, 1>(lists, strip, add, out, ld, next);
+    few<Units, rows, 1>(lists + 1, strip, add, out + half_panel, ld, next);
   }
 }
 template <class Units, int rows>
@@ -189,7 +194,7 @@ constexpr TileOfLists<Units> few_tiles[12] = {
     few_or_none<Units, 9>(), few_or_none<Units, 10>(), few_or_none<Units, 11>(), few_or_none<Units, 12>()};
 
 template <class Units, int vectors>
-void many_tile(const List<Units> (&lists)[2], const uint8_t* strip, bool add, float* sums, int64_t, const uint8_t*) {
+void many_tile(const List<Units> (&lists)[2], const uint8_t* strip, bool add, float* sums, int64_t, int64_t) {
   constexpr int channels = width == 16 && vectors == 1 ? 16 : channels_at_once;
   many<Units, channels, vectors>(lists[0], strip, add, sums);
   many<Units, channels, vectors>(lists[1], strip, add, sums + half_panel * vectors * width);
@@ -208,13 +213,14 @@ HALFBYTE_INLINE void multiply_blocks(const TileArgs& t, float* out) {
   alignas(64) float sums[max_panels * panel_width * block_mr];
   const int64_t units = strip_part / (lanes * 4);
   const auto panel = [&](int p) { return t.b + (t.panel_offsets[p] - t.panel_offsets[0]); };
+  const auto next = [&](int p) -> int64_t { return Source::in_place ? t.panel_offsets[p + 1] - t.panel_offsets[p] : 0; };
   if (t.quads * quad / Units::codes_per_unit <= units) {  // all of the strip at once: sums of one panel, which stay in L1
     for (int p = 0; p < t.panels; ++p) {
       Source source;
       source.open(panel(p), units);
       List<Units> lists[2];
       float* const to = out + p * panel_width;
-      for (bool add = false; source.next(lists); add = true) tile(lists, strip, add, is_few ? to : sums, ld, panel(p + 1));
+      for (bool add = false; source.next(lists); add = true) tile(lists, strip, add, is_few ? to : sums, ld, next(p));
       if (!is_few) rows_of_channels(sums, lanes, panel_width, t.rows, to, ld);
     }
     return;
@@ -228,7 +234,7 @@ HALFBYTE_INLINE void multiply_blocks(const TileArgs& t, float* out) {
       List<Units> lists[2];
       if (!sources[p].next(lists)) continue;
       more = true;
-      tile(lists, strip, add, is_few ? out + p * panel_width : sums + p * size, ld, panel(p + 1));
+      tile(lists, strip, add, is_few ? out + p * panel_width : sums + p * size, ld, next(p));
     }
   }
   for (int p = 0; p < t.panels && !is_few; ++p) {

@@ -55,9 +55,9 @@ struct Offset {
   HALFBYTE_INLINE I all(int v) const { return add_i(of_low[v], of_high[v]); }
 };
 
-// out[r][c] = the scaled sums of a half. ahead: what is read next.
+// out[r][c] = the scaled sums of a half.
 template <int rows>
-void few_int4(const TileArgs& t, NibbleHalf h, float* out, const uint8_t* ahead) {
+void few_int4(const TileArgs& t, NibbleHalf h, float* out) {
   constexpr int chains = rows <= 4 ? 2 : 1;
   const int64_t ld = int64_t{t.panels} * panel_width;
   F y[rows][per_half];
@@ -66,6 +66,7 @@ void few_int4(const TileArgs& t, NibbleHalf h, float* out, const uint8_t* ahead)
 #pragma GCC unroll 16
     for (int v = 0; v < per_half; ++v) y[r][v] = set1(0);
   const auto* x = static_cast<const uint8_t*>(t.a);
+  const uint8_t* ahead = h.pairs + weights_ahead;  // a half begins with these; the next one follows it
   for (int64_t left = t.quads; left > 0; left -= t.groups->quads, x += t.groups->quads * rows * 4) {
     I sum[chains][rows][per_half];
     Offset offset;
@@ -75,7 +76,7 @@ void few_int4(const TileArgs& t, NibbleHalf h, float* out, const uint8_t* ahead)
       for (int r = 0; r < chains * rows; ++r) sum[r / rows][r % rows][v] = set1_i(0);
     }
     for (int i = *h.pairs++; i > 0; --i, h.index += 2, h.lines += half_panel * quad) {
-      __builtin_prefetch(ahead, 0, 2);
+      __builtin_prefetch(ahead);
       ahead += 64;
       I low[per_half], high[per_half];
       unpack(h.lines, low, high);
@@ -102,6 +103,8 @@ void few_int4(const TileArgs& t, NibbleHalf h, float* out, const uint8_t* ahead)
       }
     }
     h.scales += h.scale_bytes;
+    __builtin_prefetch(ahead);
+    ahead += 64;
   }
 #pragma GCC unroll 12
   for (int r = 0; r < rows; ++r)
@@ -109,7 +112,7 @@ void few_int4(const TileArgs& t, NibbleHalf h, float* out, const uint8_t* ahead)
     for (int v = 0; v < per_half; ++v) store<DType::f32>(out + r * ld + v * width, y[r][v]);
 }
 
-using FewInt4 = void (*)(const TileArgs&, NibbleHalf, float*, const uint8_t*);
+using FewInt4 = void (*)(const TileArgs&, NibbleHalf, float*);
 template <int rows>
 constexpr FewInt4 few_int4_or_none() {
   if constexpr (rows <= few_rows) return few_int4<rows>;
@@ -221,10 +224,8 @@ constexpr ManyInt4 many_int4_tiles[4] = {many_int4<int4_channels<1>, 1>, many_in
   const auto panel = [&](int p) { return t.b + (t.panel_offsets[p] - t.panel_offsets[0]); };
   if (t.rows <= few_rows) {
     for (int p = 0; p < t.panels; ++p) {
-      const int64_t bytes = t.panel_offsets[p + 1] - t.panel_offsets[p];
       for (int h = 0; h < 2; ++h) {
-        few_int4_tiles[t.rows - 1](t, nibble_half(t, panel(p), h), t.t + p * panel_width + h * half_panel,
-                                   panel(p + 1) + h * bytes / 2);
+        few_int4_tiles[t.rows - 1](t, nibble_half(t, panel(p), h), t.t + p * panel_width + h * half_panel);
       }
     }
     return;

@@ -24,6 +24,14 @@ void arrange_units(const ArrangeArgs& args, int64_t lanes) {
   const int64_t row_bytes = args.lda * 4 / codes_per_unit;
   const char* const a = static_cast<const char*>(args.a);
   float* const strip = static_cast<float*>(args.strip);
+  if (lanes == 1) {  // nothing to transpose
+    for (int64_t unit = 0; unit < units; unit += width) {
+      F x = load<DType::f32>(a + unit * 4);
+      if constexpr (flip != 0) x = from_bits(xor_i(bits(x), set1_i(static_cast<int32_t>(flip))));
+      store<DType::f32>(strip + unit, x);
+    }
+    return;
+  }
   for (int64_t first = 0; first < lanes; first += width) {
     const int count = args.rows - first < width ? static_cast<int>(args.rows - first) : width;
     const bool whole = lanes - first >= width;

@@ -23,6 +23,8 @@ inline int place_of(const WindowPanel& panel, const uint8_t* index, int v, int b
 
 class ExpandedWindows {
  public:
+  static constexpr bool in_place = false;  // the lists are copies
+
   void open(const uint8_t* begin, int64_t) {
     panel_ = *reinterpret_cast<const WindowPanel*>(begin);
     for (int h = 0; h < 2; ++h) {
