@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -249,7 +249,7 @@ def test_in_a_whole_transformer():
 
 @given(
     heads=st.integers(1, 4),
-    size=st.sampled_from([4, 5, 8, 16, 32, 40]),  # a norm of two features multiplies rounding errors
+    size=st.sampled_from([2, 5, 8, 16, 32, 40]),
     layers=st.integers(1, 3),
     inner=st.integers(1, 70),
     batch=st.integers(1, 4),
@@ -261,6 +261,7 @@ def test_in_a_whole_transformer():
 @settings(max_examples=60, deadline=None)
 def test_random_shapes(heads, size, layers, inner, batch, count, norm_first, scheme, causal):
     width = heads * size
+    assume(width > 2)  # a norm of two features multiplies rounding errors: torch is 2e-4 from float64
     scheme = scheme if width > 16 else None
     model = make(layers, None, scheme, width=width, heads=heads, dim_feedforward=inner, norm_first=norm_first)
     mask = nn.Transformer.generate_square_subsequent_mask(count) if causal else None
